@@ -51,7 +51,7 @@ def commands() -> dict[str, Command]:
             _compare,
             COMPARE,
             example="runs/seed0 runs/seed1 runs/other0 runs/other1",
-            about="Compare the curves of runs: the mean over seeds, with its interval.",
+            about="Compare the curves of runs: the median over seeds, with its interval.",
         ),
         "diagnose": Command(
             "what to change first in a run that does not learn",

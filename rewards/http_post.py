@@ -84,7 +84,7 @@ def post(
             with opener.open(request, timeout=tries.request_timeout_s) as response:
                 return read(response.read(MOST_BYTES))
         except urllib.error.HTTPError as error:
-            cause = f"HTTP {error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
+            cause = f"HTTP {error.code} {error.reason}: {_start_of(error)}"
             if error.code not in (408, 429) and error.code < 500:
                 break
             asked = _retry_after(error.headers.get("Retry-After"))
@@ -101,6 +101,14 @@ def post(
             time.sleep(wait_s)
     message = f"{url} gave no usable answer after {attempt} tries: {cause}"
     raise RuntimeError(message.replace(token, "[key]") if token else message)
+
+
+def _start_of(error: urllib.error.HTTPError) -> str:
+    """The first words of an error answer, and none if it stalls or breaks: the status is known without them."""
+    try:
+        return error.read(200).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as fault:
+        return f"({type(fault).__name__} while its text was read)"
 
 
 def _retry_after(value: str | None) -> float | None:

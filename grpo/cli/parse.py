@@ -16,7 +16,7 @@ from grpo.run.stop import signals
 from policies.openmp import wait_briefly
 from review import commands
 from rewards.commands import command_line, table
-from rewards.commands.command_line import Command, fail, failed, prepare_output
+from rewards.commands.command_line import Command, check_output, fail, failed, prepare_output
 
 # The commands as `quartet --help` lists them.
 SECTIONS = {
@@ -44,6 +44,7 @@ def _main(words: Sequence[str]) -> int:
     parser, args = build_parser(words), None
     try:
         args = parse(parser, words)
+        check_output(args)
         signals.unwinds = args.command not in (actions.run, actions.mtp)  # a run takes notes once there is work to save
         return int(args.command(args) or 0)
     except (Exception, KeyboardInterrupt) as error:

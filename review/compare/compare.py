@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from string import ascii_uppercase
 from typing import Any
 
@@ -18,7 +18,7 @@ from review.compare.control_over_seeds import Contrasts, contrasts
 from review.readers.control_result import WAYS, read_control
 from review.readers.old_metrics import new_metric
 from review.readers.run_folder import check_run, read_metrics
-from review.statistics.estimates import mean_interval
+from review.statistics.estimates import median_interval
 from rewards.config.names import recorded_options
 from rewards.config.yaml_file import flat
 from rewards.verdicts import ACCURACY, MEAN_REWARD
@@ -26,6 +26,14 @@ from rewards.verdicts import ACCURACY, MEAN_REWARD
 OF_A_SEED = ("seed", "output_dir")  # what may differ inside a group
 REWARD = "reward/mean"
 STEPS_SHOWN = 12
+TOO_FEW = (
+    "two to four seeds: their mean and the values; they are too few for an interval, since one run that fails, or none "
+    "that was drawn, decides the mean"
+)
+ENOUGH = (
+    "five seeds and more: their median and its interval, which holds the median of all seeds in 93 % of cases or more, "
+    "also if some runs fail"
+)
 
 
 class Run:
@@ -56,17 +64,21 @@ class Point:
         return fmean(self.values)
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        """Gives the interval of the mean over seeds; see `mean_interval`."""
-        return mean_interval(self.values)
+    def median(self) -> float:
+        return median(self.values)
+
+    @property
+    def median_interval(self) -> tuple[float, float] | None:
+        """The interval of the median over seeds; see `median_interval`."""
+        return median_interval(self.values)
 
     def __str__(self) -> str:
         """
-        >>> print(Point([0.5]), Point([0.25, 0.75]), Point([0.1, 0.2, 0.3]), sep="; ")
-        0.500; 0.500 (0.250, 0.750); 0.200 ± 0.248
+        >>> print(Point([0.5]), Point([0.25, 0.75]), Point([0.1, 0.8, 0.7, 0.9, 0.7]), sep="; ")
+        0.500; 0.500 (0.250, 0.750); 0.700 (0.100 to 0.900)
         """
-        if self.interval:
-            return f"{self.mean:.3f} ± {self.interval[1] - self.mean:.3f}"
+        if interval := self.median_interval:
+            return f"{self.median:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
         each = ", ".join(f"{value:.3f}" for value in self.values)
         return f"{self.mean:.3f} ({each})" if self.values[1:] else f"{self.mean:.3f}"
 
@@ -168,8 +180,8 @@ def show(comparison: Comparison, console: Console) -> None:
     counts = {len(point.values) for of in comparison.points.values() for at in of.values() for point in at.values()}
     notes = {
         "one seed: the value itself; it says nothing about how far another seed would be from it": counts & {1},
-        "two seeds: their mean and the two values; they are too few for an interval": counts & {2},
-        "three seeds and more: their mean ± half of its 95 % interval (Student's t)": counts - {1, 2},
+        TOO_FEW: counts & {2, 3, 4},
+        ENOUGH: counts - {1, 2, 3, 4},
         control_over_seeds.NOTE: set(comparison.controls),
     }
     folders = " ".join(str(run.folder) for group in groups.values() for run in group)
@@ -188,7 +200,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
     def content(point: Point) -> dict[str, Any]:
         values = point.values
-        return {"n": len(values), "mean": point.mean, "interval_95": point.interval, "values": values}
+        over_seeds = {"mean": point.mean, "median": point.median, "median_interval": point.median_interval}
+        return {"n": len(values), **over_seeds, "values": values}
 
     groups = {
         letter: {"runs": [str(run.folder) for run in group], "seeds": [run.seed for run in group]}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from rich import box
 from rich.table import Column, Table
 
 from review.readers.control_result import NAMES, WAYS, ControlResult, Measured
-from review.statistics.estimates import mean_interval
+from review.statistics.estimates import median_interval
 
 NOTE = (
-    "GRPO minus a control: by seed with its paired 95 % interval over the problems; three seeds and more also have the "
-    "interval of their mean over seeds"
+    "GRPO minus a control: by seed with its paired 95 % interval over the problems; five seeds and more also have "
+    "the median over seeds with its interval"
 )
 
 
@@ -28,26 +28,11 @@ class OverSeeds:
     grpo_minus: dict[Any, Measured]  # none for GRPO itself
 
     @property
-    def mean(self) -> float:
-        return fmean(self._values())
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        return mean_interval(self._values())
-
-    @property
-    def mean_difference(self) -> float | None:
-        return fmean(self._differences()) if self.grpo_minus else None
-
-    @property
-    def interval_of_difference(self) -> tuple[float, float] | None:
-        """The interval of the mean difference over seeds; see `mean_interval`."""
-        return mean_interval(self._differences())
-
-    def _values(self) -> list[float]:
+    def values(self) -> list[float]:
         return [result.value for result in self.results.values()]
 
-    def _differences(self) -> list[float]:
+    @property
+    def differences(self) -> list[float]:
         return [difference.value for difference in self.grpo_minus.values()]
 
 
@@ -80,15 +65,14 @@ def table(way: str, groups: Mapping[str, Contrasts]) -> Table | None:
         Column("policy", no_wrap=True),
         Column(way, justify="right"),
         Column("GRPO minus it, by seed", justify="right"),
-        Column("mean", justify="right"),
+        Column("over seeds", justify="right"),
     )
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns are enough
     for letter, found in groups.items():
         for policy in found.get(way, {}).values():
             by_seed = [f"{seed}: {_difference(difference)}" for seed, difference in policy.grpo_minus.items()]
-            value = _mean(policy.mean, policy.interval, "")
-            mean = _mean(policy.mean_difference, policy.interval_of_difference, "+")
-            table.add_row(letter, policy.name, value, "\n".join(by_seed), mean)
+            value, difference = _center(policy.values, ""), _center(policy.differences, "+")
+            table.add_row(letter, policy.name, value, "\n".join(by_seed), difference)
     return table if table.rows else None
 
 
@@ -98,11 +82,13 @@ def _difference(difference: Measured) -> str:
     return f"{difference.value:+.2f} ({difference.low:+.2f}, {difference.high:+.2f})"
 
 
-def _mean(value: float | None, interval: Sequence[float] | None, sign: str) -> str:
-    if value is None:
+def _center(values: Sequence[float], sign: str) -> str:
+    """The median over seeds with its interval; the mean of seeds that are too few for one."""
+    if not values:
         return ""
-    half = f" ± {interval[1] - value:.3f}" if interval else ""
-    return f"{value:{sign}.3f}{half}"
+    if interval := median_interval(values):
+        return f"{median(values):{sign}.3f}\n({interval[0]:{sign}.2f}, {interval[1]:{sign}.2f})"
+    return f"{fmean(values):{sign}.3f}"
 
 
 def as_json(found: Contrasts) -> dict[str, Any]:
@@ -113,19 +99,24 @@ def as_json(found: Contrasts) -> dict[str, Any]:
 def _content(policy: OverSeeds) -> dict[str, Any]:
     content = {
         "name": policy.name,
-        "n": len(policy.results),
-        "mean": policy.mean,
-        "interval_95": policy.interval,
+        **_over_values(policy.values),
         "by_seed": [_of_seed(seed, result) for seed, result in policy.results.items()],
     }
     if policy.grpo_minus:
         content["grpo_minus"] = {
-            "n": len(policy.grpo_minus),
-            "mean": policy.mean_difference,
-            "interval_95": policy.interval_of_difference,
+            **_over_values(policy.differences),
             "by_seed": [_of_seed(seed, difference) for seed, difference in policy.grpo_minus.items()],
         }
     return content
+
+
+def _over_values(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "n": len(values),
+        "mean": fmean(values),
+        "median": median(values),
+        "median_interval": median_interval(values),
+    }
 
 
 def _of_seed(seed: Any, measured: Measured) -> dict[str, Any]:

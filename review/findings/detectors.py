@@ -22,6 +22,7 @@ from rewards.config.names import recorded_options, sources_of
 from rewards.ties import tied as is_tied
 
 LEAST_STEPS = 3  # of which a correlation or a movement is believed
+FAILING = 0.01  # of the completions, from which on failed rewards are a cause
 SURE = 0.75  # of the completions of a group give one answer
 SPECIAL = re.compile(r"(?:<\|[^|<>\s]{1,30}\|>|</s>|<eos>|<end_of_turn>)\s*[^\s<]")  # with text after it
 FORMS = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")  # rewards by which a text may have no answer
@@ -37,7 +38,7 @@ def unmarked(record: Record) -> Cause:
     lost, errors = record.mean("reward/abstained"), sum(record.series("reward/errors"))
     what = f"{lost:.0%} of the completions have no mark, and rewards failed {errors:.0f} times."
     change = "see reward_error in events.jsonl, and try the reward: quartet reward test"
-    return lost > 0.05 or errors > 0, what, change
+    return lost > 0.05 or errors > FAILING * record.completions, what, change
 
 
 def temperature(record: Record) -> Cause:
@@ -166,7 +167,8 @@ def _differs_from_zero(values: list[float]) -> bool:
 def group_size(record: Record) -> Cause:
     size = int(record.options.get("rollout.group_size") or 8)
     what = f"Groups have {size} completions, and {record.mean('group/zero_variance'):.0%} of them have zero variance."
-    return size < 4, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
+    learns = record.rise[2] > 2
+    return size < 4 and not learns, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
 
 
 def tied(record: Record) -> Cause:

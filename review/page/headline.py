@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from review.readers.control_result import GRPO, REJECTION, SUPERVISED, WAYS, ControlResult, Measured, Policy
-from review.statistics.estimates import wilson_interval
+from review.statistics.estimates import difference_interval
 from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
 TRAINED = "reward/mean"
 SAME_SECONDS = 0.1  # controls get GRPO's seconds in whole steps, so theirs differ by a few percent
 CONTROLS = {SUPERVISED: "the best supervised control", REJECTION: "rejection sampling"}
+NO_LIMITS = "rewards have no limits and a few problems may decide their mean"
 AVERAGED = 10  # training steps at each end of a run without evaluations
-
-
-def difference_interval(first: float, second: float, counts: tuple[float, float]) -> tuple[float, float]:
-    """Returns the 95 % interval of second − first, two shares of so many problems each, from their Wilson intervals.
-
-    Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10. Two evaluations
-    of the same problems differ by less than independent ones, so that for them it is wider than need be.
-
-    >>> [round(bound, 3) for bound in difference_interval(0.2, 0.5, (10, 10))]    # of (0.057, 0.510) and (0.237, 0.763)
-    [-0.107, 0.6]
-    """
-    low_1, high_1 = wilson_interval(first * counts[0], counts[0])
-    low_2, high_2 = wilson_interval(second * counts[1], counts[1])
-    difference = second - first
-    below, above = math.hypot(second - low_2, high_1 - first), math.hypot(high_2 - second, first - low_1)
-    return difference - below, difference + above
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -90,7 +74,7 @@ def _evaluated(rows: Sequence[Mapping[str, Any]], name: str, what: str) -> str:
         return f"{sentence}{on}. There is no later evaluation yet."
     sentence += f", {last[name]:.3f} at step {last['step']}{on}. The difference is {last[name] - first[name]:+.3f}"
     if not (judged and count and before):
-        why = "some completions have no mark" if judged else "the metrics of a run hold means alone"
+        why = "some completions have no mark" if judged else NO_LIMITS
         return f"{sentence}; it has no interval, since {why}."
     low, high = difference_interval(first[name], last[name], (before, count))
     verdict = "so it has learned" if low > 0 else "so it has become worse" if high < 0 else "which may be chance"

@@ -105,6 +105,13 @@ class Record:
         answers = [self.read_answer(answer_text(line)) for line, _ in scored]
         return Group(step, [line for line, _ in scored], [mark for _, mark in scored], answers)
 
+    @property
+    def completions(self) -> float:
+        """How many completions the steps had, by those of the recorded groups."""
+        read = {group.step for group in self.groups}
+        lines = sum(len(group.lines) for group in self.groups)
+        return lines * max(self.steps, 1) / max(len(read), 1)
+
     def option(self, key: str) -> str:
         """The option as a sentence names it."""
         return f"{key} (now {self.options[key]})" if key in self.options else key

@@ -19,9 +19,10 @@ T = (
     *(math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145),
     *(2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
+LEAST_COVERAGE = 0.93  # of a stated interval, for every kind of values in benchmarks/coverage.py
 INTERVAL_METHOD = (
-    "Wilson's score interval over problems, with the effective number of problems p(1 - p) / Var, "
-    "corrected for few problems as by Korn and Graubard"
+    "Wilson's score interval over problems with continuity correction, with the effective number of problems "
+    "p(1 - p) / Var, corrected for few problems as by Korn and Graubard; Var includes a problem of 0 and one of 1"
 )
 
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -38,16 +39,42 @@ class Estimate:
 
 
 def wilson_interval(hits: float, trials: float, z: float = Z) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927); sensible near 0 and 1, unlike p ± z·√(p(1−p)/n).
+    """95 % confidence interval of a proportion: Wilson's with continuity correction (Newcombe 1998, method 4).
+
+    Without the correction it holds a proportion near 0 or 1 in as few as 0.83 of all cases. `hits` may be a fraction.
+    Less than one hit, or one miss, leaves that side open: no proportion is too close to 0, or to 1.
 
     >>> [round(bound, 3) for bound in wilson_interval(1, 10)]
-    [0.018, 0.404]
+    [0.005, 0.459]
     """
     if trials == 0:
         return 0.0, 1.0
-    p, n = hits / trials, trials
-    centre, spread = p + z * z / (2 * n), z * max(0.0, p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+    low = 0.0 if hits < 1 else _wilson_bound(hits, trials, z)
+    high = 1.0 if hits > trials - 1 else 1.0 - _wilson_bound(trials - hits, trials, z)
+    return low, high
+
+
+def _wilson_bound(hits: float, trials: float, z: float) -> float:
+    """The lower bound of a proportion; the upper one is that of the misses."""
+    p = hits / trials
+    root = z * z - 2 - 1 / trials + 4 * p * (trials * (1 - p) + 1)
+    return max(0.0, (2 * hits + z * z - 1 - z * math.sqrt(max(0.0, root))) / (2 * (trials + z * z)))
+
+
+def difference_interval(first: float, second: float, counts: tuple[float, float]) -> tuple[float, float]:
+    """The 95 % interval of second − first, two shares of so many problems each, from their Wilson intervals.
+
+    Newcombe 1998, "Interval estimation for the difference between independent proportions", method 11. Two evaluations
+    of the same problems differ by less than independent ones, so that for them it is wider than need be.
+
+    >>> [round(bound, 3) for bound in difference_interval(0.2, 0.5, (10, 10))]    # of (0.035, 0.558) and (0.201, 0.799)
+    [-0.166, 0.641]
+    """
+    low_1, high_1 = wilson_interval(first * counts[0], counts[0])
+    low_2, high_2 = wilson_interval(second * counts[1], counts[1])
+    difference = second - first
+    below, above = math.hypot(second - low_2, high_1 - first), math.hypot(high_2 - second, first - low_1)
+    return difference - below, difference + above
 
 
 def estimate(values_N: Sequence[float]) -> Estimate:
@@ -58,18 +85,21 @@ def estimate(values_N: Sequence[float]) -> Estimate:
     values of 0 and 1 it is N itself, and this is the plain Wilson interval; a normal interval over problems differs
     from it where the mean is near 0 or 1, and would have no width at 0. Other values vary less, and by how much is
     estimated from few problems: n_eff is multiplied by (1.96 / t)² of N − 1 degrees of freedom (Korn and Graubard 1998)
-    and never falls below N.
+    and never falls below N. Both p and Var here include one more problem of 0 and one of 1, for the rare problems that
+    few draws miss: without them, 20 problems of which one in twenty is solvable hold the accuracy in 0.60 of all cases.
 
     >>> estimate([0.0, 0.5, 1.0, 0.0])
-    Estimate(value=0.375, low=0.091..., high=0.780..., problems=4)
+    Estimate(value=0.375, low=0.045..., high=0.849..., problems=4)
     """
     if not values_N:
         return Estimate(0.0, 0.0, 1.0, 0)
-    p, problems = fmean(values_N), len(values_N)
-    effective = float(problems)
-    if problems > 1 and (spread := variance(values_N, p)) > 1e-12:
-        effective = max(effective, problems * p * (1 - p) / spread * (Z / student_t(problems - 1)) ** 2)
-    return Estimate(p, *wilson_interval(p * effective, effective), problems)
+    problems = len(values_N)
+    extended = [*values_N, 0.0, 1.0]
+    p = fmean(extended)
+    single = p * (1 - p) / variance(extended, p)  # effective problems for each one
+    effective = problems * max(1.0, single * (Z / student_t(problems - 1)) ** 2)
+    mean = fmean(values_N)
+    return Estimate(mean, *wilson_interval(mean * effective, effective), problems)
 
 
 def student_t(degrees: int) -> float:
@@ -95,6 +125,26 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     degrees, mean = len(values) - 1, fmean(values)
     half = student_t(degrees) * math.sqrt(variance(values) / len(values))
     return mean - half, mean + half
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """An interval that holds the median of independent values in LEAST_COVERAGE of all cases or more, whatever their
+    distribution; None for fewer than five, whose lowest and highest value hold it less often.
+
+    The k-th lowest and the k-th highest of n values miss it if fewer than k values lie on one side of it: with
+    probability 2 · Σ C(n, i) / 2ⁿ over i < k. Runs need this: if one in five fails, Student's interval of the mean
+    over three seeds holds it in 0.49 of all cases.
+
+    >>> median_interval([0.7, 0.1, 0.8, 0.7, 0.9]), median_interval([0.7, 0.8, 0.9])
+    ((0.1, 0.9), None)
+    """
+    ordered, n = sorted(values), len(values)
+    inner = 0  # values that may be left out at either end
+    missed = 2 / 2**n
+    while missed <= 1 - LEAST_COVERAGE:
+        inner += 1
+        missed += 2 * math.comb(n, inner) / 2**n
+    return (ordered[inner - 1], ordered[n - inner]) if inner else None
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

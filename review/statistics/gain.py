@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any
 
-from review.statistics.estimates import student_t, wilson_interval
+from review.statistics.estimates import difference_interval, median_interval, student_t
 from review.statistics.paired import paired_difference
 from rewards.verdicts import ACCURACY, held_out_metric, judged_problems
 
@@ -27,6 +27,7 @@ class Gain:
     count: int
     metric: str = ""
     is_paired: bool = False
+    interval: str = "95 % interval"
 
     @property
     def value(self) -> float:
@@ -39,7 +40,7 @@ class Gain:
         >>> Gain(0.5, 0.55, -0.14, 0.24, "50 problems", 50).words
         'from 0.500 to 0.550: +0.050 (95 % interval -0.140 to +0.240; 50 problems)'
         """
-        interval = f"95 % interval {self.low:+.3f} to {self.high:+.3f}; {self.of}"
+        interval = f"{self.interval} {self.low:+.3f} to {self.high:+.3f}; {self.of}"
         return f"from {self.first:.3f} to {self.last:.3f}: {self.value:+.3f} ({interval})"
 
 
@@ -67,7 +68,8 @@ def held_out_gain(
 
     `rows` are those of `read_metrics`, `by_problem` of `read_problems`. Where both evaluations have their problems, the
     interval is that of `paired_difference`. Otherwise it is Newcombe's, of two Wilson intervals over as many problems
-    (Newcombe 1998, method 10), which is too wide for evaluations that share problems and noise.
+    (Newcombe 1998, method 11), which is too wide for evaluations that share problems and noise. Rewards have no limits,
+    so theirs is that of the median difference, over the problems that differ.
     """
     metric = held_out_metric(rows)
     evaluated = [row for row in rows if row.get(metric) is not None]
@@ -80,10 +82,7 @@ def held_out_gain(
     if metric != ACCURACY or not problems:
         return None
     first, last = before[metric], after[metric]
-    first_low, first_high = wilson_interval(first * problems, problems)
-    last_low, last_high = wilson_interval(last * problems, problems)
-    low = last - first - math.hypot(last - last_low, first_high - first)
-    high = last - first + math.hypot(last_high - last, first - first_low)
+    low, high = difference_interval(first, last, (problems, problems))
     return Gain(first, last, low, high, f"{problems:.0f} problems", int(problems), metric)
 
 
@@ -93,8 +92,21 @@ def _paired(before: Mapping[str, float | None], after: Mapping[str, float | None
         return None
     first = [before[name] or 0.0 for name in both]
     last = [after[name] or 0.0 for name in both]
-    pair = paired_difference(first, last, 1.0 if metric == ACCURACY else None)
+    if metric != ACCURACY:
+        return _paired_rewards(first, last, metric)
+    pair = paired_difference(first, last)
     if pair.low is None or pair.high is None:
         return None
     of = f"the same {len(both)} problems"
     return Gain(fmean(first), fmean(last), pair.low, pair.high, of, len(both), metric, is_paired=True)
+
+
+def _paired_rewards(first: Sequence[float], last: Sequence[float], metric: str) -> Gain | None:
+    """Above or below 0 as the sign test is: the median of the differences that are not 0."""
+    differing = [after - before for before, after in zip(first, last, strict=True) if after != before]
+    interval = median_interval(differing)
+    if interval is None:
+        return None
+    of = f"the {len(differing)} of {len(first)} problems that differ"
+    words = "interval of the median difference"
+    return Gain(fmean(first), fmean(last), *interval, of, len(differing), metric, is_paired=True, interval=words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -16,6 +17,7 @@ from rewards.audit.findings import ANSWERS, Finding, Rollouts, flatten, is_numbe
 from rewards.audit.options import AuditConfig
 from rewards.audit.traces import Trace, groups_of, read_traces, recorded_means, text_of
 from rewards.console import visible
+from rewards.isolation.child import plain
 from rewards.registry import CHAT
 from rewards.scorer import RewardSpec, Scorer
 
@@ -91,10 +93,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     spec = RewardSpec(function, arguments=config.arguments)
     groups = groups_of(trace for trace in rollouts.traces if trace.form != "problems")
     every = flatten(groups)
-    columns = {
-        trace: next(({"answer": trace.columns[name]} for name in ANSWERS if name in trace.columns), {}) | trace.columns
-        for trace in every
-    }
+    columns = {trace: _columns(trace) for trace in every}
     names = sorted({name for row in columns.values() for name in row})
     settings = config.reward
     with Scorer(
@@ -145,6 +144,14 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
         elif _is_shifted(pairs):
             what += "; they are those of a neighbouring row"
         yield Finding("scored-otherwise", what, [trace for trace, _, _ in other])
+
+
+def _columns(trace: Trace) -> dict[str, Any]:
+    """The columns, with the answer by the name that rewards ask for. Dates and bytes of parquet files are text, since
+    the function runs in a process of its own."""
+    columns: dict[str, Any] = json.loads(json.dumps(trace.columns, default=plain))
+    answer = next((columns[name] for name in ANSWERS if name in columns), None)
+    return columns if answer is None else {"answer": answer} | columns
 
 
 def _answer(trace: Trace) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from glob import escape
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ LIMITS = {"length", "max_tokens", "max_turns", "max_input_tokens", "max_output_t
 CUT = LIMITS | {"context_length", "prompt_too_long", "incomplete", "truncated"}  # finish reasons of what a limit ended
 BESIDE = ("metrics.jsonl", "events.jsonl", "_materialized_inputs.jsonl", "_failures.jsonl", "_profiling.jsonl")
 FAILED = {"error", "timeout", "abort", "aborted", "failed", "has_error", "timeout_reached"}
+SAME_ADVANTAGE = 1e-6
+FEW_PAIRS = 8  # of rollouts with equal rewards, fewer may agree by chance
+LOOKED_AT = 32  # rollouts of a group
+MOST_BYTES = 2**29  # of a file when it is unpacked
 Message = dict[str, Any]
 
 
@@ -137,6 +141,8 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
             trace.group = f"{trace.group}/{started}"
     if not traces:
         raise ValueError(f"{path}: there are no rollouts: what is there is empty")
+    for _, of_file in groupby(traces, key=lambda trace: trace.file):
+        _leave_out_logged(list(of_file))
     return _without_repeats(traces)
 
 
@@ -199,12 +205,10 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{file}: parquet files are read with pyarrow: pip install pyarrow") from error
         yield from read_table(file).to_pylist()
         return
-    content = file.read_bytes()
     if file.suffix == ".zst":
-        try:
-            content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
-        except zstandard.ZstdError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+        content = _unpacked(file)
+    else:
+        content = file.read_bytes()
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -218,6 +222,18 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 continue
             raise ValueError(f"{file}, line {number} is damaged: {error}") from error
         yield row
+
+
+def _unpacked(file: Path) -> bytes:
+    """All frames of a file: a writer that appends begins a new one each time. A small file may unpack to any size."""
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(file.read_bytes(), read_across_frames=True) as reader:
+            content = reader.read(MOST_BYTES + 1)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{file} would unpack to more than {MOST_BYTES / 2**20:,.0f} MiB; split it into several files")
+    return content
 
 
 def _form(row: Mapping[str, Any]) -> str:
@@ -494,6 +510,41 @@ FORMS = {
     "quartet": _quartet,
     "common": _common,
 }
+
+
+def _leave_out_logged(traces: list[Trace]) -> None:
+    """Takes the numbers that TRL's reward functions logged (`log_extra`) out of the parts.
+
+    They stand after the rewards, and no advantage depends on them: rollouts of a group with equal rewards have equal
+    advantages, whatever was logged. Columns that never differ between such rollouts stay."""
+    if traces[0].form != "trl":
+        return
+    names = list(traces[0].parts)
+    pairs: list[tuple[Trace, Trace]] = []
+    for group in groups_of(traces):
+        pairs += combinations(group[:LOOKED_AT], 2)
+    for count in range(1, len(names)):
+        pairs = [pair for pair in pairs if _have_equal_part(*pair, names[count - 1])]
+        logged = set(names[count:])
+        for name in names[count:]:
+            if all(_have_equal_part(*pair, name) for pair in pairs):
+                logged.remove(name)
+        same = all(abs(one.credit - other.credit) < SAME_ADVANTAGE for one, other in pairs)
+        if logged and same and len(pairs) >= FEW_PAIRS:
+            for trace in traces:
+                _move_to_columns(trace, logged)
+            return
+
+
+def _have_equal_part(one: Trace, other: Trace, name: str) -> bool:
+    return one.parts.get(name) == other.parts.get(name)
+
+
+def _move_to_columns(trace: Trace, names: set[str]) -> None:
+    for name in names & trace.parts.keys():
+        trace.columns[name] = trace.parts.pop(name)
+    marks = [mark for mark in trace.parts.values() if mark is not None and mark == mark]
+    trace.reward = sum(marks) if marks else None
 
 
 def _without_repeats(traces: list[Trace]) -> list[Trace]:

@@ -168,6 +168,7 @@ def run(parser: argparse.ArgumentParser, commands: Mapping[str, Command], words:
     args = None
     try:
         args = parse(build_parser(parser, commands, words), words)
+        check_output(args)
         return int(args.command(args) or 0)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
@@ -212,6 +213,19 @@ def option_of(error: BaseException, args: argparse.Namespace | None) -> str:
     of_file = [name for name, path in places.items() if file == path or path in file.parents or file in path.parents]
     longest = max(of_file, key=lambda name: len(places[name].parts), default=None)
     return f"{longest}: " if longest else ""
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Makes the folder of --json and opens the file, which is left as it is: after hours of work it would be too late
+    to find that it cannot be written. Raises OSError."""
+    path: Path | None = getattr(args, "json", None)
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("a").close()
+    if is_new:
+        path.unlink()
 
 
 def write(path: Path | None, content: dict[str, Any]) -> None:

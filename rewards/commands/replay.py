@@ -73,6 +73,8 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
     find_reward(function)  # a misspelt name must not cost a download
     spec = RewardSpec(function, arguments=config.arguments)
     record = Run(run) if (run / "config.yaml").is_file() else Rollouts(run, config.data)
+    if config.steps == []:
+        raise ValueError("steps=[]: name a step, or leave the option out for all of them")
     if missing := [step for step in config.steps or [] if step not in record.steps]:
         ends = f"{record.steps[0]} to {record.steps[-1]}"
         raise ValueError(f"steps={config.steps}: {run} has no step {missing[0]}; its steps are {ends}")

@@ -308,13 +308,20 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print a row for each policy: its seconds, its accuracy, and how far GRPO is above it on the same problems."""
     numbers = ("seconds", "sampled", "greedy", "GRPO above it by")
     columns = [Column(name, justify="right") for name in numbers]
-    title = f"accuracy on {result['problems']:,} held-out problems, 95 % intervals"
+    is_accuracy = result["results"]["grpo"]["sampled"]["accuracy"] is not None
+    measure, ending = ("accuracy", ", 95 % intervals") if is_accuracy else ("mean reward", "")
+    title = f"{measure} on {result['problems']:,} held-out problems{ending}"
     table = Table("policy", *columns, title=title, title_justify="left")
     for name, ways in result["results"].items():
         pair = result["grpo_minus"].get(name, {}).get("sampled")
         gain = "" if pair is None else _difference(pair)
         table.add_row(NAMES[name], f"{_took(result, name):,.0f}", _words(ways["sampled"]), _words(ways["greedy"]), gain)
     console.print(table)
+    reasons: dict[str, None] = {}  # each once
+    for ways in result["grpo_minus"].values():
+        reasons |= dict.fromkeys(pair.get("why_no_interval") for pair in ways.values())
+    for reason in filter(None, reasons):
+        console.print(reason, highlight=False, soft_wrap=True)
 
 
 def _took(result: dict[str, Any], name: str) -> float:
@@ -328,7 +335,7 @@ def _took(result: dict[str, Any], name: str) -> float:
 
 def _difference(pair: dict[str, Any]) -> str:
     if pair["low"] is None:
-        return f"{pair['value']:+.2f} (unknown)"
+        return f"{pair['value']:+.2f} (no interval)"
     return f"{pair['value']:+.2f} ({pair['low']:+.2f} to {pair['high']:+.2f})"
 
 

@@ -42,14 +42,27 @@ def show_paired(first: ModelEvaluation, others: Sequence[ModelEvaluation], conso
     title = f"against {escape(str(first.config.model))}, problem by problem"
     numbers = [Column(name, justify="right") for name in ("difference (95 % interval)", "problems", "unpaired")]
     table = Table("policy", "", *numbers, title=title, title_justify="left")
+    reasons, points = [], []
     for other in others:
         for way, pair in pairs(first, other).items():
             more = "-" if pair.unpaired is None else f"{pair.unpaired:.1f} x"
-            interval = "(unknown)" if pair.low is None else f"({pair.low:+.3f} to {pair.high:+.3f})"
+            interval = "(none)" if pair.low is None else f"({pair.low:+.3f} to {pair.high:+.3f})"
             name, difference = escape(str(other.config.model)), f"{pair.value:+.3f} {interval}"
             table.add_row(name, way, difference, f"{pair.problems:,}", more)
+            if pair.why_no_interval:
+                reasons.append(pair.why_no_interval)
+                points.append(f"{name}, {way}: {_points(pair)}")
     console.print(table)
+    for line in (*dict.fromkeys(reasons), *points):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print("unpaired: how many times as many problems the same interval would need without common noise")
+
+
+def _points(pair: PairedDifference) -> str:
+    """The differences problem by problem, in a few numbers."""
+    spread = " ".join(f"{value:+.3g}" for value in pair.points)
+    counts = f"higher on {pair.higher:,} problems, lower on {pair.lower:,}, of {pair.problems:,}"
+    return f"{counts}; lowest, quartiles and highest difference {spread}"
 
 
 def pairs(first: ModelEvaluation, other: ModelEvaluation) -> dict[str, PairedDifference]:

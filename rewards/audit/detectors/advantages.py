@@ -20,7 +20,10 @@ def advantages(rollouts: Rollouts) -> Iterator[Finding]:
     groups = [[t for t in group if t.scored and is_number(t.advantage)] for group in rollouts.groups]
     groups = [group for group in groups if len(group) > 1 and any(t.advantage for t in flatten(groups))]
     yield from _weigh(groups)
-    factors = {index: _factor(group) for index, group in enumerate(groups)}
+    factors = {index: factor_of(group) for index, group in enumerate(groups)}
+    clipped = _clipped(groups, [index for index, factor in factors.items() if factor is None])
+    groups = [group for index, group in enumerate(groups) if index not in clipped]
+    factors = dict(enumerate(factor for index, factor in factors.items() if index not in clipped))
     spread = [index for index in factors if not _tied(groups[index])]
     regular = [index for index in spread if factors[index] is not None]
     if not spread:
@@ -81,7 +84,7 @@ def _tied(group: Sequence[Trace]) -> bool:
     return max(rewards) - min(rewards) <= 1e-6 * max(1.0, abs(rewards[0]))
 
 
-def _factor(group: Sequence[Trace]) -> float | None:
+def factor_of(group: Sequence[Trace]) -> float | None:
     """By how much the advantages are more than the rewards less their mean; None where that is no one number. Cut
     rollouts with the advantage 0 do not count: some trainers leave them out."""
     middle = fmean(trace.value for trace in group)
@@ -93,6 +96,30 @@ def _factor(group: Sequence[Trace]) -> float | None:
     factor = sum(reward * advantage for reward, advantage in pairs) / square if square else 0.0
     off = max((abs(advantage - factor * reward) for reward, advantage in pairs), default=0.0)
     return factor if off <= NEAR * most + 1e-6 and (most > 1e-6 or not pairs) else None
+
+
+def _clipped(groups: list[list[Trace]], off: Sequence[int]) -> set[int]:
+    """Those of the groups `off` whose advantages are rewards less their mean, times a factor, and clipped after that:
+    the most extreme advantages are equal in several groups."""
+    every = [trace.credit for trace in flatten(groups)]
+    low, high = min(every, default=0.0), max(every, default=0.0)
+    fitting = {index for index in off if _fits_clipped(groups[index], low, high)}
+    return fitting if len(fitting) > 1 else set()
+
+
+def _fits_clipped(group: Sequence[Trace], low: float, high: float) -> bool:
+    middle = fmean(trace.value for trace in group)
+    pairs = [(trace.value - middle, trace.credit) for trace in group]
+    at_bound = [(reward, advantage) for reward, advantage in pairs if not low < advantage < high]
+    free = [(reward, advantage) for reward, advantage in pairs if low < advantage < high]
+    if any(reward * advantage <= 0 for reward, advantage in at_bound):
+        return False
+    least = max((advantage / reward for reward, advantage in at_bound), default=0.0)  # the factor that clips them all
+    square = sum(reward * reward for reward, _ in free)
+    factor = sum(reward * advantage for reward, advantage in free) / square if square else least
+    most = max(abs(advantage) for _, advantage in pairs)
+    fits = all(abs(advantage - factor * reward) <= NEAR * most + 1e-6 for reward, advantage in free)
+    return bool(at_bound) and fits and factor >= least * (1 - NEAR)
 
 
 def _denominators(rollouts: Rollouts, groups: list[list[Trace]], factors: dict[int, float]) -> Iterator[Finding]:

@@ -10,11 +10,13 @@ from statistics import fmean, pstdev
 from rewards.audit.findings import Finding, Rollouts, flatten, most_common, words
 from rewards.audit.traces import Trace
 from rewards.data.leakage import is_gsm8k_test_question
+from rewards.ties import tied
 
 LONG = 40
 DRIFT = 2.0
 OPERATORS = "+-*/^=<>%×÷"
 SAME = 0.95  # of the words of two problems
+FEW = 8  # groups; fewer may have no tie by chance
 ALIKE = 0.65  # of the words of two problems with the same numbers
 
 
@@ -71,6 +73,8 @@ def duplicates(rollouts: Rollouts) -> Iterator[Finding]:
     yield Finding("duplicate-rows", f"{len(twice)} rows are there twice", twice)
     content = {step: {(t.prompt, t.completion, t.reward) for t in rows} for step, rows in rollouts.steps.items()}
     for step, rows in content.items():
+        if _is_certain(rollouts.steps[step]):
+            continue
         long = sum(len(text) >= LONG for _, text, _ in rows)
         same = [other for other in content if other < step and len(rows & content[other]) >= max(4, 0.9 * len(rows))]
         if same and long >= len(rows) / 2:
@@ -78,8 +82,20 @@ def duplicates(rollouts: Rollouts) -> Iterator[Finding]:
             return
 
 
+def _is_certain(rows: list[Trace]) -> bool:
+    """Whether the policy answers each prompt with one text. It repeats whole steps then when its data begin again."""
+    texts: dict[str, list[str]] = {}
+    for trace in rows:
+        texts.setdefault(trace.prompt, []).append(trace.completion)
+    return all(len(said) > 1 and len(set(said)) == 1 for said in texts.values())
+
+
 def skipped(rollouts: Rollouts) -> Iterator[Finding]:
-    """Rows of the data are drawn in order in most steps, and then some are left out."""
+    """Rows of the data are drawn in order in most steps, and then some are left out. Where no group is tied, those that
+    were have been left out on purpose: that is dynamic sampling."""
+    rewards = [[trace.value for trace in group] for group in rollouts.groups]
+    if len(rewards) >= FEW and not any(map(tied, rewards)):
+        return
     numbers: dict[int, Trace] = {}
     for trace in rollouts.trained:
         info = trace.columns.get("extra_info")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from rewards.audit.findings import Finding, Rollouts
 from rewards.audit.traces import FAILED, Trace
+from rewards.ties import tied
 
 EXCEPTION = re.compile(
     r"\W*(?:Traceback \(most recent|[\w.]*[A-Z]\w*(?:Error|Exception|Timeout)\b *(?:[:(]|\Z)|[^.]*timed out)"
@@ -15,7 +16,11 @@ EXCEPTION = re.compile(
 ALWAYS = ("verl", "nemo_gym", "verifiers_results")  # forms in which every rollout has a reward
 DECLARED = ("trl", "quartet", "verifiers", "verifiers_results", "common")  # and those whose parts are rewards' values
 MOST_TIED = 0.9
-FAR = 5.0
+FAR = 5.0  # spreads below the others
+FAR_ABOVE = 1000.0  # a sparse reward has rare values that are far above the usual ones
+USUAL = 1.0  # no reward between -1 and 1 stands for something else
+OF_THE_PROBLEM = re.compile("answer|expected|truth|gold|target|label|solution|reference|gts", re.IGNORECASE)
+PENALTY = re.compile("penal|cost|length|long|repe|duplic|trunc|violat|toxic|harm", re.IGNORECASE)
 NEAR = 1e-4  # of a sum
 
 
@@ -32,8 +37,11 @@ def failures(rollouts: Rollouts) -> Iterator[Finding]:
 def _failure(trace: Trace) -> str | None:
     if trace.error or trace.finish_reason in FAILED:
         return trace.error or trace.finish_reason
-    texts = [value for name, value in trace.columns.items() if isinstance(value, str) and value not in trace.prompt]
-    return next((text for text in texts if EXCEPTION.match(text[:200])), None)  # code may hold the name of one
+    texts = [
+        value for name, value in trace.columns.items() if isinstance(value, str) and not OF_THE_PROBLEM.search(name)
+    ]
+    failed = [text for text in texts if EXCEPTION.match(text[:200])]  # code may hold the name of one
+    return next((text for text in failed if text not in trace.prompt and text not in trace.completion), None)
 
 
 def not_numbers(rollouts: Rollouts) -> Iterator[Finding]:
@@ -60,29 +68,33 @@ def unscored(rollouts: Rollouts) -> Iterator[Finding]:
 
 
 def outliers(rollouts: Rollouts) -> Iterator[Finding]:
-    """A value far outside of all others is often a mark for something else, such as -100 for `no answer`."""
+    """A value far below all others is often a mark for something else, such as -100 for `no answer`."""
     rewards = sorted(trace.value for trace in rollouts.trained if trace.scored)
     if len(rewards) < 20:
         return
     low, high = rewards[len(rewards) // 20], rewards[-1 - len(rewards) // 20]
-    reach = FAR * (high - low)
-    far = [t for t in rollouts.trained if t.scored and not low - reach <= t.value <= high + reach]
-    if far and reach:
+    spread = high - low
+    least, most = min(low - FAR * spread, -USUAL), max(high + FAR_ABOVE * spread, USUAL)
+    far = [t for t in rollouts.trained if t.scored and not least <= t.value <= most]
+    if far and spread:
         what = f"{len(far)} rewards lie far outside of the others, which are {low:g} to {high:g}"
         yield Finding("outlier", f"{what}: {far[0].reward:g}", far)
 
 
 def ties(rollouts: Rollouts) -> Iterator[Finding]:
     groups = [[trace.value for trace in group if trace.scored] for group in rollouts.groups]
-    groups = [rewards for rewards in groups if len(rewards) > 1]
-    tied = sum(max(rewards) - min(rewards) <= 1e-6 * max(1.0, abs(rewards[0])) for rewards in groups)
-    if groups:
-        rollouts.figures["tied groups"] = f"{tied} of {len(groups)}"
-    if len(groups) >= 8 and tied >= MOST_TIED * len(groups):
-        yield Finding("tied-groups", f"{tied} of {len(groups)} groups are tied and teach nothing", rollouts.groups[0])
+    are_tied = [tied(rewards) for rewards in groups if len(rewards) > 1]
+    count, early = sum(are_tied), are_tied[: len(are_tied) // 3]
+    if are_tied:
+        rollouts.figures["tied groups"] = f"{count} of {len(are_tied)}"
+    learned = sum(early) < MOST_TIED * len(early)  # a policy that can do everything at the end has nothing to learn
+    if len(are_tied) >= 8 and count >= MOST_TIED * len(are_tied) and not learned:
+        yield Finding(
+            "tied-groups", f"{count} of {len(are_tied)} groups are tied and teach nothing", rollouts.groups[0]
+        )
     for name in sorted({name for trace in rollouts.trained for name in trace.parts if trace.form in DECLARED[:3]}):
         rows = [trace for trace in rollouts.trained if trace.parts.get(name) is not None]
-        if len(rows) >= 64 and not any(trace.parts[name] for trace in rows):
+        if len(rows) >= 64 and not PENALTY.search(name) and not any(trace.parts[name] for trace in rows):
             yield Finding("always-zero", f"the reward {name} is 0 for all {len(rows)} rollouts", rows[:3])
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
-from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, most_common, words
+from rewards.audit.detectors.advantages import factor_of
+from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, is_number, most_common, words
 from rewards.audit.traces import Trace, groups_of, text_of
 
 MARKERS = re.compile(
     r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]"
-    r"|<\|(?:im_end|\w*eot\w*|end\w*)\|>(?=\s*\S)"
+    r"|<\|(?:im_end|(?=\w*eot)\w+|end\w*)\|>(?=\s*\S)"
 )
 HOSTILE = re.compile(
     r"(?:ignore|disregard|forget) (?:all|any|the|your|every|previous|prior)\b.{0,40}\b(?:instruction|rule|rubric|grad)"
     r"|(?:give|award|assign|grant|deserve) .{0,40}(?:full|maximum|highest|perfect|max) (?:marks?|score|reward|credit)\b"
-    r"|\A.{0,2000}(?:sys\.exit\(0\)|os\._exit\(|def __eq__|pytest\.skip).{0,2000}\Z|grader:|as the (?:judge|grader)",
+    r"|\A.{0,2000}(?:os\._exit\(|def __eq__\([^)]{0,80}\)[^:]{0,40}:\s{0,80}return True|pytest\.skip).{0,2000}\Z"
+    r"|\A(?!.{0,4000}__main__).{0,2000}sys\.exit\(0\).{0,2000}\Z"  # an honest script may exit at its end
+    r"|grader:|as the (?:judge|grader)",
     re.IGNORECASE | re.DOTALL,
 )
 NOTHING = re.compile(r"\\boxed\{\s*\}|####\s*\Z|<answer>\s*</answer>")
-STATED = re.compile(r"\\boxed\{([^{}]*)\}|####\s*([^\n]+)|<answer>(.*?)</answer>", re.DOTALL)
+STATED = re.compile(r"\\boxed\{([^{}]*)\}|<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+MARK = "####"  # before an answer, and before a heading
 LONG = 40  # characters that two honest completions do not share by chance
 
 
@@ -32,6 +37,7 @@ def groups(rollouts: Rollouts) -> Iterator[Finding]:
     what = f"{len(mixed)} groups hold rollouts of different prompts, whose rewards are compared"
     yield Finding("mixed-group", what, flatten(mixed))
     other = [g for g in every if len(g) + g[0].missing != size and (g[0].group or len(g) % size)]
+    other = [group for group in other if not _was_compared(group, size)]
     if other and not mixed and share >= 0.8 and size > 1:
         counts = ", ".join(map(str, sorted({len(group) for group in other})))
         yield Finding(
@@ -45,6 +51,12 @@ def groups(rollouts: Rollouts) -> Iterator[Finding]:
     if several and len(several) <= len(answers) / 4:
         what = f"{len(several)} prompts have different answers in different rows"
         yield Finding("answer-changed", what, flatten(several))
+
+
+def _was_compared(group: list[Trace], size: int) -> bool:
+    """Whether the trainer had these rollouts and no others: some leave out failed ones. Their advantages tell."""
+    has_advantages = len(group) > 1 and all(is_number(trace.advantage) for trace in group)
+    return has_advantages and len(group) < size and factor_of(group) is not None
 
 
 def _mixed_blocks(rollouts: Rollouts, size: int) -> list[list[Trace]]:
@@ -88,8 +100,19 @@ def _acts(trace: Trace) -> bool:
 
 
 def _hedges(trace: Trace) -> bool:
-    answers = {"".join(match).strip() for match in STATED.findall(trace.completion)}
-    return len(answers) >= 6 and len(STATED.findall(trace.prompt)) < 6
+    return len(set(_stated(trace.completion))) >= 6 and len(_stated(trace.prompt)) < 6
+
+
+def _stated(text: str) -> list[str]:
+    """The answers that a text names. A heading is none: it has several words, and text follows it."""
+    answers = ["".join(match).strip() for match in STATED.findall(text)]
+    lines = list(filter(str.strip, text.splitlines()))
+    for line, following in itertools.pairwise([*lines, MARK]):
+        said = line.partition(MARK)[2].split()
+        is_number = len(said) == 1 and any(map(str.isdigit, said[0]))
+        if said and (is_number or MARK in following):
+            answers.append(" ".join(said))
+    return answers
 
 
 def _echoes(trace: Trace) -> bool:

@@ -13,6 +13,7 @@ from rewards.audit.traces import Call, Message, Trace, text_of
 STOP_STRING = 12  # characters that engines leave out of the text
 THOUGHT_LENGTH = 4  # tokens; the same text in other ids has a few more or less
 THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>\s*|^.*?</think>\s*", re.DOTALL)
+END_OF_THOUGHT = "</think"
 
 
 def ids(rollouts: Rollouts) -> Iterator[Finding]:
@@ -31,7 +32,8 @@ def ids(rollouts: Rollouts) -> Iterator[Finding]:
         if not same or (decoded and "\ufffd" not in decoded and not _same(decoded, trace)):  # of half a character
             other.append(trace)
     yield Finding("round-trip", f"{len(other)} rollouts have ids that are not their text", other)
-    bad = [trace for trace in rollouts.traces if _impossible(trace.logprobs)]
+    certain = {trace for group in rollouts.groups if len({t.completion for t in group}) == 1 for trace in group}
+    bad = [trace for trace in rollouts.traces if _impossible(trace.logprobs, trace in certain)]
     what = f"{len(bad)} rollouts have log-probabilities above 0, that are no numbers, or all the same"
     yield Finding("bad-logprobs", what, bad)
 
@@ -79,10 +81,11 @@ def _same(decoded: str, trace: Trace) -> bool:
     return all(_plain(text) in _plain(decoded) for text in texts)
 
 
-def _impossible(logprobs: Sequence[float]) -> bool:
+def _impossible(logprobs: Sequence[float], is_certain: bool) -> bool:
+    """`is_certain`: the policy wrote nothing else, so all its tokens may have the probability 1."""
     if any(value is None or math.isnan(value) or value > 1e-3 for value in logprobs):
         return True
-    return len(logprobs) >= 8 and len(set(logprobs)) == 1
+    return len(logprobs) >= 8 and len(set(logprobs)) == 1 and not (is_certain and logprobs[0] == 0)
 
 
 def prefixes(rollouts: Rollouts) -> Iterator[Finding]:
@@ -122,7 +125,11 @@ def _break(before: Call, after: Call) -> str | None:
 
 
 def _said(message: Message) -> tuple[str, str]:
-    return message.get("role", ""), THOUGHT.sub("", text_of(message)).strip()
+    """Who said what, without thoughts. After the last end of a thought none is looked for, which takes a time that is
+    quadratic in the number of beginnings."""
+    text = text_of(message)
+    length = text.rfind(END_OF_THOUGHT) + 1 and text.find(">", text.rfind(END_OF_THOUGHT)) + 1
+    return message.get("role", ""), (THOUGHT.sub("", text[:length]) + text[length:]).strip()
 
 
 def _thinks(message: Message) -> bool:

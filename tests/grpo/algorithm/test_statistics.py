@@ -36,22 +36,25 @@ def test_the_interval_of_a_few_seeds_by_hand():
 
 @pytest.mark.parametrize(
     ("hits", "trials", "expected"),
-    [(1, 10, (0.0179, 0.4042)), (0, 20, (0.0, 0.1611)), (20, 20, (0.8389, 1.0)), (50, 100, (0.4038, 0.5962))],
+    [(81, 263, (0.2535, 0.3682)), (15, 148, (0.0598, 0.1644)), (0, 20, (0.0, 0.2005)), (1, 29, (0.0018, 0.1963))],
 )
-def test_the_interval_is_wilsons(hits, trials, expected):
-    """Against the roots of (p - hits/trials)² = z² p (1 - p) / trials, which define it, and published values."""
+def test_the_interval_is_wilsons_with_continuity_correction(hits, trials, expected):
+    """Against the roots of (|p - hits/trials| - 1 / (2 trials))² = z² p (1 - p) / trials, which define it, and the
+    examples of Newcombe 1998, table I, method 4."""
     low, high = wilson_interval(hits, trials)
     assert (wilson_interval(0, 5)[0], wilson_interval(5, 5)[1]) == (0.0, 1.0), "rounding passes no bound"
     assert (low, high) == pytest.approx(expected, abs=1e-4)
-    for p in (low, high):
-        assert (p - hits / trials) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / trials, abs=1e-12)
+    for p in filter(None, (low, high)):  # a bound of 0 is no root
+        assert (abs(p - hits / trials) - 1 / (2 * trials)) ** 2 == pytest.approx(
+            1.96**2 * p * (1 - p) / trials, abs=1e-12
+        )
 
 
 def test_nothing_tried_is_nothing_known_and_where_nothing_succeeded_the_interval_has_a_width():
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert estimate([]) == Estimate(0.0, 0.0, 1.0, 0)
-    assert estimate([0.0] * 100).high == pytest.approx(0.037, abs=1e-3)
-    assert estimate([1.0] * 100).low == pytest.approx(0.963, abs=1e-3)
+    assert estimate([0.0] * 100).high == pytest.approx(0.046, abs=1e-3)
+    assert estimate([1.0] * 100).low == pytest.approx(0.954, abs=1e-3)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
@@ -80,14 +83,13 @@ def test_the_interval_of_few_problems_with_several_samples_holds_the_accuracy(pr
 
 
 def test_the_interval_of_few_problems_by_hand():
-    """0, .5, 1, 0: p = .375, variance .6875 / 3, t of three degrees of freedom 3.182; the product is below 4."""
-    assert 4 * 0.375 * 0.625 / (0.6875 / 3) * (1.96 / 3.182) ** 2 < 4
+    """0, .5, 1, 0, and 0 and 1: p = 2.5 / 6, variance .2417, t of three degrees of freedom 3.182; the product is below
+    4."""
+    assert 4 * 0.41667 * 0.58333 / 0.24167 * (1.96 / 3.182) ** 2 < 4
     assert estimate([0.0, 0.5, 1.0, 0.0]) == Estimate(0.375, *wilson_interval(1.5, 4), 4)
-    # .25, .5, .5, .75: p = .5, variance .125 / 3: 4 · .25 / (.125 / 3) · (1.96 / 3.182)² = 9.106
-    narrow = estimate([0.25, 0.5, 0.5, 0.75])
-    assert (narrow.low, narrow.high) == pytest.approx(wilson_interval(9.106 / 2, 9.106), abs=1e-4)
-    # .5, .6: p = .55, variance .005: 2 · .2475 / .005 · (1.96 / 12.706)² = 2.3557
-    assert estimate([0.5, 0.6]).low == pytest.approx(wilson_interval(0.55 * 2.3557, 2.3557)[0], abs=1e-4)
+    # twelve of .5, and 0 and 1: variance .5 / 13, t of eleven degrees 2.201: 12 · .25 / (.5 / 13) · (1.96 / 2.201)²
+    narrow = estimate([0.5] * 12)
+    assert (narrow.low, narrow.high) == pytest.approx(wilson_interval(61.854 / 2, 61.854), abs=1e-4)
 
 
 @pytest.mark.parametrize(("degrees", "exact"), [(1, 12.706), (30, 2.0423), (31, 2.0395), (40, 2.0211), (120, 1.9799)])

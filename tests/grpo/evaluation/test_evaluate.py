@@ -272,21 +272,23 @@ def test_a_named_evaluation_records_what_each_problem_got(own, tmp_path):
 
 
 def test_by_hand():
-    """d = 1, 0, 0, 0: Student's t gives .25 ± 3.182 · √(1/4 / 4). With -1, -1, 1, 1: mean 1/8, Σd² = 5, variance
-    (5 - 8/64) / 7 and .125 ± 2.365 · √(.6964 / 8). Nothing is above 1. (1/3 + 1/4) / (1/4) = 7/3."""
+    """d = 1, 0, 0, 0: Student's t gives .25 ± 3.182 · √(1/4 / 4). With -1 and 1: mean 1/6, Σd² = 3, variance
+    (3 - 6/36) / 5 and 1/6 ± 2.571 · √(.5667 / 6), which reaches farther down than with -1, -1, 1, 1. Nothing is above
+    1. (1/3 + 1/4) / (1/4) = 7/3."""
     found = paired_difference([0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0])
     assert (found.value, found.problems) == (0.25, 4)
-    assert (found.low, found.high) == pytest.approx((0.125 - 2.365 * (0.69643 / 8) ** 0.5, 1.0), abs=1e-5)
+    assert (found.low, found.high) == pytest.approx((1 / 6 - 2.571 * (0.56667 / 6) ** 0.5, 1.0), abs=1e-5)
     assert found.unpaired == pytest.approx(7 / 3)
-    # rewards have no limit: 2/3 ± 4.303 · √(1/3 / 3), and 2/7 ± 2.447 · √(40/7 / 6 / 7) reaches farther down
+    assert (found.higher, found.lower, found.points) == (1, 0, (0, 0, 0, 0.25, 1))
     rewards = paired_difference([1.0, 2.0, 3.0], [2.0, 2.0, 4.0], None)
-    assert (rewards.low, rewards.high) == pytest.approx((2 / 3 - 4.303 / 3, 2 / 3 + 4.303 / 3))
+    assert (rewards.low, rewards.high, rewards.unpaired) == (None, None, None)
+    assert rewards.why_no_interval.startswith("no interval: rewards have no limits")
 
 
 def test_what_never_varied_has_an_interval_all_the_same():
-    """Three of three: -1, -1 and five times 1 have the mean 3/7 and the variance (7 - 9/7) / 6."""
+    """Three of three: -1 and four times 1 have the mean 3/5 and the variance (5 - 9/5) / 4."""
     found = paired_difference([0.0] * 3, [1.0] * 3)
-    assert (found.low, found.high) == pytest.approx((3 / 7 - 2.447 * (40 / 7 / 6 / 7) ** 0.5, 1.0))
+    assert (found.low, found.high) == pytest.approx((3 / 5 - 2.776 * (4 / 5 / 5) ** 0.5, 1.0))
     assert (found.value, found.unpaired) == (1.0, None)
     tied = paired_difference([1.0] * 20, [1.0] * 20)
     assert tied.value == 0.0
@@ -295,7 +297,7 @@ def test_what_never_varied_has_an_interval_all_the_same():
     assert (one.low, one.high) == (-1.0, 1.0)
     with pytest.raises(ValueError, match="no problem in common"):
         paired_difference([], [])
-    for first, second in ([0.0], [1.0]), ([0.0, 1.0], [1.0, 1.0]), ([2.0] * 9, [2.0] * 9):
+    for first, second in ([0.0], [1.0]), ([0.0, 1.0] * 400, [1.0, 1.5] * 400), ([2.0] * 9, [2.0] * 9):
         found = paired_difference(first, second, None)  # rewards without a scale
         assert (found.low, found.high) == (None, None)
 
@@ -376,7 +378,7 @@ def test_one_problem_of_a_reward_that_is_no_verdict_has_an_unknown_interval(tmp_
     results = [SimpleNamespace(interval=None, rewards_by_problem=[mark], groups=[group]) for mark in (0.25, 0.75)]
     first, other = (SimpleNamespace(config=SimpleNamespace(model="a"), results={"greedy": r}) for r in results)
     show_paired(first, [other], Console(width=80))
-    assert "+0.500 (unknown)" in capsys.readouterr().out
+    assert "+0.500 (none)" in capsys.readouterr().out
     write_json(tmp_path / "out.json", {way: vars(found) for way, found in pairs(first, other).items()})
     assert json.loads((tmp_path / "out.json").read_text())["greedy"]["low"] is None
 

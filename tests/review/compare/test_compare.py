@@ -2,7 +2,6 @@
 learned, in a sentence."""
 
 import json
-import math
 import re
 
 import pytest
@@ -10,7 +9,8 @@ import yaml
 
 from grpo.cli.parse import main
 from review.compare.compare import Point, compare
-from review.page.headline import difference_interval, headline
+from review.page.headline import headline
+from review.statistics.estimates import difference_interval
 from tests.cases.control_results import control_result, write_control
 
 
@@ -41,16 +41,16 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_one_group(make):
     assert found.differing == {"learner.learning_rate": {"A": 0.1, "B": 0.2}}
 
 
-def test_the_mean_over_seeds_and_its_interval_by_hand(make):
-    runs = [make(f"a{seed}", seed=seed, reward=[value, 1.0]) for seed, value in enumerate((0.1, 0.2, 0.6))]
+def test_the_median_over_seeds_and_its_interval_by_hand(make):
+    """Five values of a median lie all above it, or all below it, in 2 / 2⁵ of all cases."""
+    rewards = (0.6, 0.2, 0.7, 0.5, 0.65)  # one run has failed
+    runs = [make(f"a{seed}", seed=seed, reward=[value, 1.0]) for seed, value in enumerate(rewards)]
     point = compare(runs).points["reward/mean"][1]["A"]
-    # mean .3, deviations -.2 -.1 .3, variance .14 / 2 = .07; t of 2 degrees of freedom 4.303
-    half = 4.303 * math.sqrt(0.07 / 3)
-    assert (point.mean, point.interval) == (pytest.approx(0.3), pytest.approx((0.3 - half, 0.3 + half)))
-    assert str(point) == "0.300 ± 0.657"
+    assert (point.mean, point.median, point.median_interval) == (pytest.approx(0.53), 0.6, (0.2, 0.7))
+    assert str(point) == "0.600 (0.200 to 0.700)"
     assert str(Point([0.25])) == "0.250"
-    assert str(Point([0.25, 0.75])) == "0.500 (0.250, 0.750)"  # two values have no interval worth the name
-    assert Point([0.25, 0.75]).interval is None
+    assert str(Point([0.25, 0.75, 0.5])) == "0.500 (0.250, 0.750, 0.500)"  # too few for an interval, so the values
+    assert Point([0.25, 0.75, 0.5, 0.5]).median_interval is None
 
 
 def test_a_run_that_has_not_got_so_far_is_not_counted(make, capsys):
@@ -61,8 +61,8 @@ def test_a_run_that_has_not_got_so_far_is_not_counted(make, capsys):
     assert "0.200 [n = 1]" in shown
     assert "0.200 (0.100, 0.300)" in shown
     assert "one seed: the value itself; it says nothing about how far another seed would be from it" in shown
-    assert "two seeds: their mean and the two values" in shown
-    assert "three seeds" not in shown
+    assert "two to four seeds: their mean and the values; they are too few for an interval" in shown
+    assert "five seeds" not in shown
     assert f"`quartet-review view {' '.join(map(str, [runs[0], runs[1], runs[2]]))}`" in shown
 
 
@@ -75,7 +75,7 @@ def test_json_has_the_value_of_every_run(make, tmp_path, capsys):
     assert list(found["metrics"]) == ["reward/mean", "eval/accuracy"]
     [row] = found["metrics"]["eval/accuracy"]
     assert (row["step"], row["A"]["n"], row["A"]["mean"], row["A"]["values"]) == (0, 3, 0.25, [0.0, 0.25, 0.5])
-    assert row["A"]["interval_95"] == pytest.approx([0.25 - 4.303 * 0.25 / math.sqrt(3), 0.25 + 4.303 * 0.25 / 3**0.5])
+    assert (row["A"]["median"], row["A"]["median_interval"]) == (0.25, None)
 
 
 def test_steps_are_those_that_were_asked_for_or_a_dozen_from_first_to_last(make):
@@ -103,26 +103,25 @@ def test_the_same_run_twice_is_no_second_seed(make, tmp_path):
 
 
 def test_runs_with_controls_are_compared_with_them_over_seeds(make, tmp_path, capsys):
-    """By hand: differences 0.40, 0.30 and 0.50 have the mean 0.40, variance 0.01 and interval ± 4.303 · 0.1 / √3."""
-    runs = [make(f"a{seed}", seed=seed) for seed in range(4)]
-    for run, supervised in zip(runs, (0.5, 0.6, 0.4), strict=False):  # the last run has no control
+    """The lowest and the highest of five differences hold their median."""
+    runs = [make(f"a{seed}", seed=seed) for seed in range(6)]
+    for run, supervised in zip(runs, (0.5, 0.6, 0.4, 0.55, 0.85), strict=False):  # the last run has no control
         write_control(run, control_result(supervised=supervised))
     runs.append(make("b", rate=0.2))
     assert main(["compare", *map(str, runs), "--json", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text())["controls"]
     assert list(found) == ["A"]
     supervised = found["A"]["sampled"]["supervised"]
-    assert (supervised["name"], supervised["n"], supervised["mean"]) == ("supervised steps", 3, pytest.approx(0.5))
+    assert (supervised["name"], supervised["n"], supervised["median"]) == ("supervised steps", 5, pytest.approx(0.55))
     minus = supervised["grpo_minus"]
-    half = 4.303 * 0.1 / math.sqrt(3)
-    assert minus["mean"] == pytest.approx(0.4)
-    assert minus["interval_95"] == pytest.approx([0.4 - half, 0.4 + half])
-    assert [row["seed"] for row in minus["by_seed"]] == [0, 1, 2]
+    assert (minus["mean"], minus["median"]) == (pytest.approx(0.32), pytest.approx(0.35))
+    assert minus["median_interval"] == pytest.approx([0.05, 0.5])
+    assert [row["seed"] for row in minus["by_seed"]] == [0, 1, 2, 3, 4]
     assert minus["by_seed"][1]["interval_95"] == pytest.approx([0.25, 0.35])
     assert "grpo_minus" not in found["A"]["greedy"]["grpo"]
     shown = capsys.readouterr().out
     assert "GRPO and its controls, on the same held-out problems" in shown
-    for words in ("rejection sampling", "supervised steps", "+0.400 ± 0.248", "0: +0.40 (+0.35, +0.45)"):
+    for words in ("rejection sampling", "supervised steps", "+0.350", "(+0.05, +0.50)", "0: +0.40 (+0.35, +0.45)"):
         assert words in shown
 
 
@@ -134,14 +133,13 @@ def test_two_seeds_have_no_interval_and_runs_without_controls_no_table(make, cap
     for run in runs:
         write_control(run, control_result())
     rejection = compare(runs).controls["A"]["sampled"]["rejection"]
-    assert rejection.mean_difference == pytest.approx(0.1)
-    assert rejection.interval_of_difference is None
+    assert rejection.differences == pytest.approx([0.1, 0.1])
 
 
 def test_the_interval_is_newcombes():
-    """His example (1998, table II a): 48 of 80 against 56 of 70, method 10."""
+    """His example (1998, table II a): 48 of 80 against 56 of 70, method 11."""
     low, high = difference_interval(48 / 80, 56 / 70, (80, 70))
-    assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
+    assert (round(low, 4), round(high, 4)) == (0.0428, 0.3422)
 
 
 def _evaluations(first: float, last: float, name: str = "eval/accuracy") -> list[dict]:
@@ -152,9 +150,9 @@ def _evaluations(first: float, last: float, name: str = "eval/accuracy") -> list
 @pytest.mark.parametrize(
     ("first", "last", "verdict"),
     [
-        (0.637, 0.734, "The difference is +0.097 (95 %: +0.040 to +0.153), so it has learned."),
-        (0.734, 0.637, "The difference is -0.097 (95 %: -0.153 to -0.040), so it has become worse."),
-        (0.182, 0.184, "The difference is +0.002 (95 %: -0.045 to +0.049), which may be chance."),
+        (0.637, 0.734, "The difference is +0.097 (95 %: +0.039 to +0.154), so it has learned."),
+        (0.734, 0.637, "The difference is -0.097 (95 %: -0.154 to -0.039), so it has become worse."),
+        (0.182, 0.184, "The difference is +0.002 (95 %: -0.047 to +0.051), which may be chance."),
     ],
 )
 def test_the_verdict_follows_from_the_interval(first, last, verdict):

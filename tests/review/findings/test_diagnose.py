@@ -151,21 +151,21 @@ CASES = {
         "0.01 nats a token.",
     ),
     "clipped": ({"metrics": {"completion/truncated": [0.0, 0.1, 0.4, 0.6]}}, "50% of the later completions are cut"),
-    # In training ± 12.706 √((.0002 + .0002) / 2). Wilson's intervals of .5 and .55 over 50 problems are .366 to .634
-    # and .413 to .679, so that the difference is .05 - √(.137² + .134²) and .05 + √(.129² + .134²). A gain of .2
+    # In training ± 12.706 √((.0002 + .0002) / 2). Wilson's intervals of .5 and .55 over 50 problems are .357 to .643
+    # and .404 to .688, so that the difference is .05 - √(.146² + .143²) and .05 + √(.138² + .143²). A gain of .2
     # needs 2.8² (.5² + .7 · .3) / .2² = 90.2 problems.
     "evaluation": (
         RISES | {"evaluations": EVALUATED},
         "Training reward went from 0.310 to 0.510: +0.200 (95 % interval +0.020 to +0.380; 2 steps at either end), and "
-        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.141 to +0.236; 50 problems). So few",
+        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.154 to +0.249; 50 problems). So few",
     ),
     "training_only": (
         RISES | {"evaluations": [row | {"eval/prompts": 400} for row in EVALUATED]},
-        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.019 to +0.118; 400 problems). No gain on",
+        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.021 to +0.120; 400 problems). No gain on",
     ),
     "rate_decay": (
         RISES | {"evaluations": GAINED, "options": DECAYS},
-        "held-out accuracy from 0.500 to 0.700: +0.200 (95 % interval +0.133 to +0.265; 400 problems). GRPO starts "
+        "held-out accuracy from 0.500 to 0.700: +0.200 (95 % interval +0.131 to +0.267; 400 problems). GRPO starts "
         "from an SFT stage of 900 steps at the constant rate 0.002, and learner.schedule=linear is the first decay",
     ),
 }
@@ -221,6 +221,8 @@ HEALTHY = {
     "the form is paid, and nothing is right yet": {
         "metrics": {"alarm/format/gsm8k": 1.0, "alarm/formed/gsm8k": 1.0, "reward/part/gsm8k": 0.25}
     },
+    "groups of three that learn": RISES | {"evaluations": GAINED, "options": {"rollout": {"group_size": 3}}},
+    "one reward of many that failed": {"steps": ((MIXED,) * 8,) * 4, "metrics": {"reward/errors": [1, 0, 0, 0]}},
     "few groups": {"steps": ((WRONG, WRONG),) * 3},
 }
 

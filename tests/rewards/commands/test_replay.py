@@ -173,3 +173,17 @@ def test_reward_models_scores_are_those_that_were_recorded(run, tmp_path):
     result = replay(copy, "column", ReplayConfig(arguments={"name": "helpful"}))
     assert [step.after for step in result.steps] == [(0 + 1 + 2 + 3) / 4 / 8] * 2
     assert len(read_metrics(copy)) == 2
+
+
+def test_no_steps_are_refused(run, capsys):
+    assert main(["reward", "replay", str(run), "--with", "gsm8k", "--steps", "[]"]) == 1
+    assert "steps=[]: name a step" in capsys.readouterr().err
+
+
+def test_a_json_file_that_cannot_be_written_is_found_before_the_work(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path, tmp_path / "file" / "out.json"):
+        assert main(["reward", "replay", str(run), "--with", "gsm8k", "--json", str(target)]) == 1
+        shown = capsys.readouterr()
+        assert "json: " in shown.err
+        assert shown.out == ""

@@ -170,7 +170,7 @@ def test_the_summary_says_that_only_training_gained_and_what_the_decay_may_accou
     found = [place for place, line in enumerate(lines) if line.startswith("Training reward went")]
     numbers = (
         "Training reward went from 0.310 to 0.510: +0.200 (95 % interval +0.020 to +0.380; 2 steps at either end), and "
-        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.019 to +0.118; 400 problems)."
+        "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.021 to +0.120; 400 problems)."
     )
     assert [lines[place].startswith(numbers) for place in found] == [True, True]
     assert lines[found[0]].endswith("No gain on held-out problems is shown.")
