@@ -15,7 +15,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from policies.bounds import beyond, read_fields
 from policies.files.packed import is_packed, unreadable
-from policies.layout import FIXED_FIELDS, WAY_OUT, PolicyError, Shape, WeightFiles, auto_class, expert_views, find_file
+from policies.layout import (
+    FIXED_FIELDS,
+    WAY_OUT,
+    PolicyError,
+    Shape,
+    WeightFiles,
+    auto_class,
+    expert_views,
+    find_file,
+    rotations,
+)
 from policies.mtp import MTPHead
 from policies.mtp_layers import head_state, may_idle, mtp_layers, router_name
 
@@ -110,11 +120,10 @@ def _tokens_and_rope(config: PretrainedConfig) -> Iterator[str]:
         outside = [token for token in (value if isinstance(value, list) else [value]) if token and token >= size > 0]
         if outside:
             yield f"{field}={value} contradicts vocab_size={size}: ids run from 0 to {size - 1}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-        known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
-        yield f"rope_parameters.rope_type={kind!r} is not one that transformers computes: {known}"
+    for kind in {rotation.get("rope_type", "default"): None for rotation in rotations(config)}:
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
+            yield f"rope_parameters.rope_type={kind!r} is not one that transformers computes: {known}"
 
 
 def _wrong_values(config: DeepseekV3Config) -> Iterator[str]:
