@@ -281,10 +281,35 @@ def refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
     head = trunk.get_output_embeddings()
     tied = getattr(trunk.config, "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not trunk.get_input_embeddings().weight:
-        raise PolicyError(
-            f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
-            "head that differs from the embedding; set it to false, or remove the LM head's tensor"
-        )
+        raise _untied(source)
+
+
+def _untied(source: str | Path) -> PolicyError:
+    return PolicyError(
+        f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
+        "head that differs from the embedding; set it to false, or remove the LM head's tensor"
+    )
+
+
+def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
+    """Raises what `refuse_untied` and `check_report` say of the LM head, before the model is loaded. Files that name
+    their tensors otherwise than the model does are left to these."""
+    try:
+        with torch.device("meta"):
+            trunk = auto_class(config).from_config(config)
+    except Exception:  # transformers will name what is wrong with the configuration
+        return
+    lm_head, embedding = trunk.get_output_embeddings(), trunk.get_input_embeddings()
+    names = {module: f"{name}.weight" for name, module in trunk.named_modules()}
+    if lm_head not in names or names.get(embedding) not in files.shapes:
+        return
+    name = names[lm_head]
+    if lm_head.weight is not embedding.weight:
+        if not any(stored.endswith(name) for stored in files.shapes):
+            refuse_differences(files.source, {name: ()}, {})
+    elif name in files.shapes and name != names[embedding]:
+        if not torch.equal(files.read(name)[name], files.read(names[embedding])[names[embedding]]):
+            raise _untied(files.source)
 
 
 def check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:

@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampler, choose_paths
 from grpo.source.policy_source import find_policy, shape_of
 from policies import lora
+from policies.checkpoint import check_weights
 from policies.cut import CHOSEN, WINDOW, cut_model, has_windows, quiet
 from policies.layout import PolicyError
 from policies.lm_head import last_states
@@ -127,6 +128,8 @@ def check(model: str, layers: int = 1) -> list[Row]:
         raise PolicyError(f"model={model!r}: {error}; name a folder or a hub id whose config.json is whole") from error
     if source is None or source in PRESETS:
         return rows  # nobody has given it a tokenizer
+    if any(Path(source).glob("*.safetensors")):
+        rows.append(_files(Path(source), shape))
     try:
         tokenizer = read_tokenizer(source)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -141,6 +144,18 @@ def check(model: str, layers: int = 1) -> list[Row]:
         eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return [*rows, *examine_text(tokenizer, stops, getattr(text, "vocab_size", None))]
+
+
+def _files(folder: Path, shape: PretrainedConfig) -> Row:
+    """Whether the weights of a folder are those of its configuration."""
+    result = Row("weights")
+    try:
+        check_weights(folder, shape)
+        result.say(OURS, "as config.json describes them")
+    except PolicyError as error:
+        result.say(OURS, "refused", wrong=True)
+        result.note = str(error)
+    return result
 
 
 def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from grpo.cli.commands import summary
 from grpo.cli.launch import launch
@@ -100,6 +101,30 @@ def test_damaged_weights_are_found_without_loading_them(micro_config, micro_poli
     assert isinstance(summary.dry_run(config), bool)  # a shape alone can be planned with
     with pytest.raises(PolicyError):
         train(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2", "deepseek_v3"])
+def test_contract_20_an_lm_head_that_is_not_the_configurations_is_refused_in_the_plan(
+    micro_config, micro_policy, hf_policy, tmp_path, kind, tied
+):
+    """A tied model whose files hold another LM head, and a model of its own LM head whose files hold none."""
+    folder = tmp_path / "policy"
+    (micro_policy(4) if kind == "deepseek_v3" else hf_policy(kind)).save(folder)
+    file, weights = folder / "config.json", load_file(folder / "model.safetensors")
+    given = {"rollout.draft_tokens": 0, "mtp.loss_weight": 0, "sft.steps": 0}
+    config = micro_config(tmp_path / "r", model=str(folder), **given)
+    if tied:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+        assert "hold an LM head that differs from the embedding" in both(config, train)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        summary.dry_run(config)
+    else:
+        del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        assert "lacks the tensors lm_head.weight" in both(config, train)
+    assert not (tmp_path / "r").exists()
 
 
 def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):

@@ -548,6 +548,17 @@ def test_a_folder_with_a_configuration_alone_has_no_tokenizer(tmp_path, monkeypa
     assert template.wrong == []
 
 
+def test_weights_that_config_json_contradicts_are_named(hf_policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_module, "examine", lambda *_: [])
+    hf_policy("llama").save(tmp_path)
+    assert [row.wrong for row in check_module.check(str(tmp_path)) if row.name == "weights"] == [[]]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    [row] = [row for row in check_module.check(str(tmp_path)) if row.wrong]
+    assert (row.name, row.wrong) == ("weights", ["quartet"])
+    assert "an LM head that differs from the embedding; set it to false" in row.advice
+
+
 def test_ids_that_the_embedding_has_not_and_letters_that_change_are_named():
     tokenizer = small_tokenizer(["2 + 2 = 4\n"], 272)
     row = examine_text(tokenizer, [], vocabulary=200)[1]
