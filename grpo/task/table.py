@@ -208,7 +208,7 @@ def _new_heads(plan: Plan) -> str:
 
 
 def _no_routers(plan: Plan) -> bool:
-    return not (plan.native and has_routers(plan.bare_policy().trunk))
+    return plan.native and not has_routers(plan.bare_policy().trunk)
 
 
 def _no_graphs(plan: Plan) -> str:

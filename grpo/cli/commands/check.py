@@ -41,6 +41,7 @@ from policies.layout import PolicyError
 from policies.lm_head import last_states
 from policies.policy import Policy, checkpoint_layers, read_tokenizer
 from policies.presets import PRESETS, small_tokenizer
+from policies.routing.routers import routers
 from policies.sharding import routed_experts
 from rollout.backends.stock import CACHES
 from rollout.decoding.engine import Engine
@@ -78,7 +79,7 @@ WHAT_TO_DO = {
     "short time steps": "set time_step_min in config.json to 1e-9: a prompt is clamped by it, a decoded token is not",
     "windows": "the window in config.json is not applied: keep contexts shorter than it, and report it",
     "router": "compute the router in float32 (transformers: _keep_in_fp32_modules); break ties by random weights",
-    "router flips": "learner.routing_replay: true, or dtype: float32; elsewhere replay the sampler's experts",
+    "router flips": "dtype: float32; elsewhere replay the sampler's experts",
     "gradient checkpointing": "leave it off (learner.gradient_checkpointing, gradient_checkpointing=False)",
     "LM head": "set tie_word_embeddings in config.json to what the weights are",
     "template": "over several turns keep the ids of what was sampled, as quartet does, and never render again",
@@ -397,7 +398,9 @@ def _router(model: PreTrainedModel, row: Tensor) -> list[Row]:
         sets = [(scores.topk(chosen).indices, other.topk(chosen).indices) for (_, _, scores), (_, _, other) in pairs]
         share = torch.cat([(a.sort().values != b.sort().values).any(1).float() for a, b in sets]).mean().item()
         flips.say(TRANSFORMERS, f"{share:.0%} of tokens")
-        flips.note = WHAT_TO_DO["router flips"] if share else ""
+        if share:
+            replay = "learner.routing_replay: true, or " if routers(model) else ""  # experts that quartet records
+            flips.note = replay + WHAT_TO_DO["router flips"]
     except RuntimeError as error:
         flips.say(TRANSFORMERS, f"no bfloat16: {error}"[:100])
     return [result, flips]

@@ -70,15 +70,18 @@ def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_pat
     assert not [path for path in (tmp_path / "r").rglob("*") if path.suffix == ".safetensors"]  # nothing was learned
 
 
-def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
-    hf_policy("llama").save(tmp_path / "m")
-    for given, message in (
-        ({"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"),
-        ({"learner.routing_replay": True}, "(no experts or dynamic heads): there is nothing to be replayed"),
-    ):
-        more = {"sft.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
-        config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **more)
-        assert message in both(config, train)
+def test_what_only_a_deepseek_v3_policy_can_do(micro_config, hf_policy, tmp_path):
+    replay = {"learner.routing_replay": True}, "experts are recorded of DeepSeek-V3 policies only; drop it"
+    balance = {"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"
+    for kind, refused in (("llama", [balance, replay]), ("mixtral", [replay])):
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+        hf_policy(kind, **experts).save(tmp_path / kind)
+        for given, message in refused:
+            more = {"sft.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
+            config = micro_config(tmp_path / "r", model=str(tmp_path / kind), **more)
+            words = both(config, train)
+            assert message in words
+            assert "nothing to be replayed" not in words
 
 
 def test_dynamic_heads_are_replayed_where_there_are_no_experts(micro_config, tmp_path, monkeypatch):
