@@ -62,6 +62,15 @@ ROUTING = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
 ROUTER_FIELDS = (*ROUTING, "moe_intermediate_size", "n_shared_experts")
 
 
+def why_refused(kind: str) -> str:
+    """The reason for which a folder of this model_type cannot be a policy of ours; empty for the other types.
+
+    >>> why_refused("llama")
+    ''
+    """
+    return next((why for start, why in REFUSED_TYPES.items() if kind.startswith(start)), "")
+
+
 def refuse_type(source: str | Path) -> None:
     """Raises PolicyError with the reason for a model_type that we refuse or that transformers does not know, and for
     numbers that no model has: transformers would begin to build it."""
@@ -84,7 +93,7 @@ def refuse_type(source: str | Path) -> None:
                     "model*.safetensors), mostly in the same repository"
                 )
         return
-    if why := next((why for start, why in REFUSED_TYPES.items() if kind.startswith(start)), ""):
+    if why := why_refused(kind):
         raise PolicyError(f"model={str(source)!r} is of type {kind!r}: {why}")
     if kind not in CONFIG_MAPPING:
         raise PolicyError(
@@ -292,8 +301,8 @@ def _untied(source: str | Path) -> PolicyError:
 
 
 def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
-    """Raises what `refuse_untied` and `check_report` say of the LM head, before the model is loaded. Files that name
-    their tensors otherwise than the model does are left to these."""
+    """Raises what `refuse_untied` and `check_report` say of the LM head, before the model is loaded. Files that may have
+    another name for it, as GPT-NeoX's do, are left to these."""
     try:
         with torch.device("meta"):
             trunk = auto_class(config).from_config(config)
@@ -303,9 +312,10 @@ def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
     names = {module: f"{name}.weight" for name, module in trunk.named_modules()}
     if lm_head not in names or names.get(embedding) not in files.shapes:
         return
-    name = names[lm_head]
+    name, names_of_all = names[lm_head], trunk.state_dict().keys()
     if lm_head.weight is not embedding.weight:
-        if not any(stored.endswith(name) for stored in files.shapes):
+        others = files.shapes.keys() - names_of_all
+        if name not in files.shapes and tuple(lm_head.weight.shape) not in {files.shapes[other] for other in others}:
             refuse_differences(files.source, {name: ()}, {})
     elif name in files.shapes and name != names[embedding]:
         if not torch.equal(files.read(name)[name], files.read(names[embedding])[names[embedding]]):

@@ -130,6 +130,14 @@ def test_contract_20_an_lm_head_that_is_not_the_configurations_is_refused_in_the
     assert not (tmp_path / "r").exists()
 
 
+def test_an_lm_head_of_another_name_is_not_missing(micro_config, hf_policy, tmp_path):
+    """GPT-NeoX's files call it embed_out."""
+    hf_policy("gpt_neox").save(tmp_path / "policy")
+    assert "lm_head.weight" not in load_file(tmp_path / "policy/model.safetensors")
+    given = {"rollout.draft_tokens": 0, "mtp.loss_weight": 0, "sft.steps": 0}
+    summary.dry_run(micro_config(tmp_path / "r", model=str(tmp_path / "policy"), **given))
+
+
 def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):
     reward = tmp_path / "mine.py"
     reward.write_text("def score(completions): return [len(c) for c in completions]\n")
