@@ -36,6 +36,7 @@ from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampl
 from grpo.source.policy_source import find_policy, shape_of
 from policies import lora
 from policies.checkpoint import check_weights
+from policies.contradictions import why_refused
 from policies.cut import CHOSEN, WINDOW, cut_model, has_windows, quiet
 from policies.layout import PolicyError
 from policies.lm_head import last_states
@@ -163,6 +164,8 @@ def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:
     if model in CONFIG_MAPPING and not Path(model).exists():
         if model not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise PolicyError(f"model={model!r}: transformers has no causal language model of this type; name another")
+        if why := why_refused(model):
+            raise PolicyError(f"model={model!r}: {why}")
         with quiet():
             return CONFIG_MAPPING[model](), None
     try:
