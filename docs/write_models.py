@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import __version__ as version
 
 from grpo.source.agreement import by_learner, by_sampler, check_agreement
+from policies.contradictions import why_refused
 from policies.policy import PolicyError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -44,6 +45,8 @@ LARGEST = 2e-4  # of the differences of a log-probability
 
 def way_of(kind: str) -> tuple[bool, str]:
     """Whether a type trains, and how it is sampled and read, or else why not."""
+    if why := why_refused(kind):  # of every folder
+        return False, why
     try:
         policy = zoo.policy(kind)
         check_agreement(policy)

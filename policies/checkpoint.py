@@ -199,13 +199,24 @@ def check_policy(folder: Path) -> None:
 
 def check_files(folder: Path) -> None:
     """Raises PolicyError for what `load` refuses of a folder, as far as the headers of its files tell."""
+    check_weights(folder, read_config(folder, writes=True))
+    read_tokenizer(folder)
+
+
+def check_weights(folder: Path, config: PretrainedConfig) -> None:
+    """Raises PolicyError for what `load` refuses of the weights of a folder. Only an LM head that should be the embedding
+    is read."""
     from policies import contradictions
     from policies.files import packed
 
-    config, files = read_config(folder, writes=True), WeightFiles(folder)
-    if isinstance(config, DeepseekV3Config) and files.shapes and not packed.is_packed(config):
+    files = WeightFiles(folder)
+    if not files.shapes or packed.is_packed(config):
+        return
+    if isinstance(config, DeepseekV3Config):
         contradictions.check_tensors(files, config)
-    read_tokenizer(folder)
+    elif getattr(config, "quantization_config", None) is None:
+        contradictions.refuse_larger(files, config)
+    contradictions.check_lm_head(files, config)
 
 
 def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig:

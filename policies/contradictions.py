@@ -15,7 +15,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from policies.bounds import beyond, read_fields
 from policies.files.packed import is_packed, unreadable
-from policies.layout import FIXED_FIELDS, WAY_OUT, PolicyError, Shape, WeightFiles, auto_class, expert_views, find_file
+from policies.layout import (
+    FIXED_FIELDS,
+    WAY_OUT,
+    PolicyError,
+    Shape,
+    WeightFiles,
+    auto_class,
+    expert_views,
+    find_file,
+    rotations,
+)
 from policies.mtp import MTPHead
 from policies.mtp_layers import head_state, may_idle, mtp_layers, router_name
 
@@ -52,6 +62,15 @@ ROUTING = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
 ROUTER_FIELDS = (*ROUTING, "moe_intermediate_size", "n_shared_experts")
 
 
+def why_refused(kind: str) -> str:
+    """The reason for which a folder of this model_type cannot be a policy of ours; empty for the other types.
+
+    >>> why_refused("llama")
+    ''
+    """
+    return next((why for start, why in REFUSED_TYPES.items() if kind.startswith(start)), "")
+
+
 def refuse_type(source: str | Path) -> None:
     """Raises PolicyError with the reason for a model_type that we refuse or that transformers does not know, and for
     numbers that no model has: transformers would begin to build it."""
@@ -74,7 +93,7 @@ def refuse_type(source: str | Path) -> None:
                     "model*.safetensors), mostly in the same repository"
                 )
         return
-    if why := next((why for start, why in REFUSED_TYPES.items() if kind.startswith(start)), ""):
+    if why := why_refused(kind):
         raise PolicyError(f"model={str(source)!r} is of type {kind!r}: {why}")
     if kind not in CONFIG_MAPPING:
         raise PolicyError(
@@ -110,11 +129,10 @@ def _tokens_and_rope(config: PretrainedConfig) -> Iterator[str]:
         outside = [token for token in (value if isinstance(value, list) else [value]) if token and token >= size > 0]
         if outside:
             yield f"{field}={value} contradicts vocab_size={size}: ids run from 0 to {size - 1}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-        known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
-        yield f"rope_parameters.rope_type={kind!r} is not one that transformers computes: {known}"
+    for kind in {rotation.get("rope_type", "default"): None for rotation in rotations(config)}:
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
+            yield f"rope_parameters.rope_type={kind!r} is not one that transformers computes: {known}"
 
 
 def _wrong_values(config: DeepseekV3Config) -> Iterator[str]:
@@ -272,10 +290,36 @@ def refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
     head = trunk.get_output_embeddings()
     tied = getattr(trunk.config, "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not trunk.get_input_embeddings().weight:
-        raise PolicyError(
-            f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
-            "head that differs from the embedding; set it to false, or remove the LM head's tensor"
-        )
+        raise _untied(source)
+
+
+def _untied(source: str | Path) -> PolicyError:
+    return PolicyError(
+        f"model={str(source)!r}: tie_word_embeddings=True in config.json contradicts the files, which hold an LM "
+        "head that differs from the embedding; set it to false, or remove the LM head's tensor"
+    )
+
+
+def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
+    """Raises what `refuse_untied` and `check_report` say of the LM head, before the model is loaded. Files that may have
+    another name for it, as GPT-NeoX's do, are left to these."""
+    try:
+        with torch.device("meta"):
+            trunk = auto_class(config).from_config(config)
+    except Exception:  # transformers will name what is wrong with the configuration
+        return
+    lm_head, embedding = trunk.get_output_embeddings(), trunk.get_input_embeddings()
+    names = {module: f"{name}.weight" for name, module in trunk.named_modules()}
+    if lm_head not in names or names.get(embedding) not in files.shapes:
+        return
+    name, names_of_all = names[lm_head], trunk.state_dict().keys()
+    if lm_head.weight is not embedding.weight:
+        others = files.shapes.keys() - names_of_all
+        if name not in files.shapes and tuple(lm_head.weight.shape) not in {files.shapes[other] for other in others}:
+            refuse_differences(files.source, {name: ()}, {})
+    elif name in files.shapes and name != names[embedding]:
+        if not torch.equal(files.read(name)[name], files.read(names[embedding])[names[embedding]]):
+            raise _untied(files.source)
 
 
 def check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:

@@ -54,6 +54,17 @@ def is_language_model(config: PretrainedConfig) -> bool:
     return auto_class(config) is AutoModelForImageTextToText or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
+def rotations(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The rotary parameters of a text configuration: of all layers, or of each kind of layer.
+
+    >>> rotations(Gemma3TextConfig())[0]["rope_theta"]                    # of its sliding layers
+    10000.0
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    of_kinds = [one for one in parameters.values() if isinstance(one, dict)]
+    return of_kinds or [parameters]
+
+
 class PolicyError(ValueError):
     """A checkpoint that cannot be a policy. The message names what is wrong and the way out."""
 

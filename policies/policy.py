@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from policies import checkpoint, lora, mixers, sharding
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
-from policies.layout import FIXED_FIELDS, PolicyError, auto_class
+from policies.layout import FIXED_FIELDS, PolicyError, auto_class, rotations
 from policies.lm_head import LMHead, last_states, scale_and_cap
 from policies.mtp import MTPHead, cast_in_place
 from policies.paths import Paths
@@ -120,9 +120,9 @@ class Policy(nn.Module):
         BOUNDLESS where the configuration names no limit, as of recurrent models."""
         config = self.config.get_text_config()
         limits = [getattr(config, name, None) for name in LIMITS]
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(rope.get("original_max_position_embeddings"))
+        for rotation in rotations(config):
+            if rotation.get("rope_type") in ("dynamic", "longrope"):
+                limits.append(rotation.get("original_max_position_embeddings"))
         return min((limit for limit in limits if limit and limit > 0), default=BOUNDLESS)
 
     @property

@@ -13,6 +13,7 @@ would instead weigh a token by which other tokens are in its micro-batch.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -33,6 +34,8 @@ Given = TypeVar("Given")
 
 
 MOST_WEIGHT = 3.0  # of the importance correction, as in TRL
+MOST_OF_QUANTILE = 2**24  # values; `Tensor.quantile` takes no more
+SAME_ENTROPY = 1e-5  # nats; equal contexts round differently where they are read with other rows
 SAPO_TEMPERATURES = 1.0, 1.05  # of the gate for positive and for negative advantages, as in the paper
 
 
@@ -167,7 +170,8 @@ class TopEntropy(NamedTuple):
 
 
 def top_entropy_of(entropies_N: Tensor, top_entropy_quantile: float) -> TopEntropy:
-    """The top ρ of these tokens by entropy, and all that equal the last of them; without tokens an infinite threshold.
+    """The top ρ of these tokens by entropy, and all that equal the last of them up to rounding; without tokens an infinite
+    threshold.
 
     Source: "Beyond the 80/20 rule", arXiv:2506.01939, which takes ρ = 0.2.
 
@@ -176,7 +180,13 @@ def top_entropy_of(entropies_N: Tensor, top_entropy_quantile: float) -> TopEntro
     """
     if not len(entropies_N):
         return TopEntropy(entropies_N.new_tensor(torch.inf), 0)
-    threshold = entropies_N.detach().quantile(1 - top_entropy_quantile)
+    entropies_N = entropies_N.detach()
+    if len(entropies_N) <= MOST_OF_QUANTILE:
+        threshold = entropies_N.quantile(1 - top_entropy_quantile)
+    else:
+        below = math.ceil((1 - top_entropy_quantile) * (len(entropies_N) - 1))
+        threshold = entropies_N.kthvalue(below + 1).values
+    threshold = threshold - SAME_ENTROPY
     return TopEntropy(threshold, int((entropies_N >= threshold).sum()))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from grpo.endpoint.asked import Asked, ChatAsked
 from grpo.endpoint.calls import Reply, deltas, text_message
 from grpo.endpoint.served import Job, Served
-from grpo.endpoint.text_stream import TextStream
+from grpo.endpoint.text_stream import TextStream, bytes_of_token
 from rollout.group import Completion
 from rollout.request import News
 
@@ -153,10 +153,10 @@ class Answer:
     def _logprobs(self, ids: list[int], logprobs: list[float], index: int) -> dict[str, Any]:
         texts = [str(self.tokenizer.decode([token])) for token in ids]
         if self.is_chat:
-            content = [
-                {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-                for text, logprob in zip(texts, logprobs, strict=True)
-            ]
+            content = []
+            for token, text, logprob in zip(ids, texts, logprobs, strict=True):
+                written = bytes_of_token(self.tokenizer, token, text)
+                content.append({"token": text, "logprob": logprob, "bytes": written, "top_logprobs": []})
             return {"content": content, "refusal": None}
         offsets = list(accumulate(map(len, texts), initial=self.offsets[index]))
         self.offsets[index] = offsets.pop()

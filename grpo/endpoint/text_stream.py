@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BROKEN = "\ufffd"  # what a tokenizer writes for bytes that are no whole character
+BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level tokens
+
+
+def bytes_of_token(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> list[int] | None:
+    """The bytes of a token whose text alone is `text`. None if nobody knows those of a part of a character.
+
+    >>> [bytes_of_token(tokenizer, token, BROKEN) for token in tokenizer.encode("\u20ac")]
+    [[226], [130], [172]]
+    """
+    if BROKEN not in text:
+        return list(text.encode())
+    written = str(tokenizer.convert_ids_to_tokens(token))
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", written):  # as SentencePiece writes it
+        return [int(byte[1], 16)]
+    found = [BYTE_OF_LETTER[letter] for letter in written if letter in BYTE_OF_LETTER]
+    return found if bytes(found).decode(errors="replace") == text else None
 
 
 class TextStream:

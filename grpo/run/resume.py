@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,8 @@ def refuse_changed_config(saved: Path, config: RunConfig) -> None:
     free = tuple(key for key in FREE_TO_CHANGE if not (decays and key == "steps"))
     gone: list[str] = []
     before = load(type(config), saved, {"output_dir": config.output_dir}, on_removed=gone.append)
+    if isinstance(before, TrainConfig):
+        free += tuple(_never_read(before))
     changed = [
         f"  {key}: {then!r} then, {now!r} now"
         for key, (then, now) in differences(*(parse_yaml(dump_yaml(each)) for each in (before, config))).items()
@@ -99,6 +101,19 @@ def refuse_changed_config(saved: Path, config: RunConfig) -> None:
             + "\n".join(changed)
             + "\nresume it as it was, or use --force to go on with the new one"
         )
+
+
+def _never_read(before: TrainConfig) -> Iterator[str]:
+    """Options that version 0.2 accepted beside others that leave them unread; to drop them changes nothing."""
+    loss = before.loss
+    if loss.advantage != "group_relative":
+        yield "loss.scale_rewards"
+    if loss.loss_type == "reinforce" and not loss.beta:
+        yield "loss.importance_sampling_level"
+    if loss.advantage not in ("gae", "rank_softmax"):
+        yield "value.lam"
+    if loss.advantage != "distill":
+        yield "distill.top_k"
 
 
 def _kept_thoughts(saved: Path) -> bool:

@@ -34,7 +34,7 @@ class Curriculum(Callback):
     """Which problems a step draws. Without an option it has no say.
 
     `shortest_share` opens the examples by the length of their gold solution, shortest first. Of the open examples,
-    those drawn least often come first.
+    those drawn least often come first; a resample takes others than the step already has, if there are any.
 
     >>> curriculum = Curriculum(run, task)              # of a run with curriculum.shortest_share: 0.3
     >>> [example] = curriculum.choose_prompts(1, step=1)
@@ -44,6 +44,7 @@ class Curriculum(Callback):
         self.options, self.seed = run.config.curriculum, run.config.seed
         self.examples = sorted(task.unsolved, key=lambda example: len(example.solution))
         self.seen: Counter[str] = Counter()
+        self.of_step: set[str] = set()  # drawn in this step
 
     @property
     def chooses(self) -> bool:
@@ -63,12 +64,17 @@ class Curriculum(Callback):
         if len(candidates) < count:
             raise ValueError(f"a step cannot take {count} different prompts from {len(candidates)} examples")
         noise = random.Random(f"curriculum/{self.seed}/{step}/{draw}")
+        if draw == 0:
+            self.of_step = set()
 
-        def order(example: Example) -> tuple[float, float]:
-            return self.seen[example.example_id], 1.0 - noise.random()
+        def order(example: Example) -> tuple[bool, float, float]:
+            name = example.example_id
+            return name in self.of_step, self.seen[name], 1.0 - noise.random()
 
         chosen = sorted(candidates, key=order)[:count]
-        self.seen.update(example.example_id for example in chosen)
+        names = [example.example_id for example in chosen]
+        self.of_step.update(names)
+        self.seen.update(names)
         return chosen
 
     def step_metrics(self, step: int) -> dict[str, float]:

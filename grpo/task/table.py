@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from grpo.config.loss import LossOptions
 from grpo.config.mtp import MtpConfig
 from grpo.config.run import TrainConfig
 from grpo.source.policy_source import asks_for_heads, shape_of
@@ -155,6 +156,27 @@ def _taught_head(options: object) -> str:
     return ", ".join(f"mtp.{name}={_word(value)}" for name, value in changed) if option(mtp, "loss_weight") else ""
 
 
+def _clip_above_delta(options: object) -> str:
+    loss: LossOptions | None = option(options, "loss")
+    if loss is None or loss.delta is None:
+        return ""
+    name = "epsilon" if loss.epsilon_high is None else "epsilon_high"
+    high = getattr(loss, name)
+    return f"loss.{name}={_word(high)} (a clip range that ends at {1 + high:g})" if loss.delta < 1 + high else ""
+
+
+def _reads_no_ratio(options: object) -> str:
+    """The KL penalty weighs its estimate by the ratio."""
+    loss: LossOptions | None = option(options, "loss")
+    no_ratio = loss is not None and loss.loss_type == "reinforce" and not loss.beta
+    return "loss.loss_type=reinforce, which reads no ratio" if no_ratio else ""
+
+
+def _no_value_head(options: object) -> str:
+    advantage = option(options, "loss.advantage")
+    return "" if advantage in (None, "gae", "rank_softmax") else f"loss.advantage={advantage}, which has no value head"
+
+
 def _device_that(holds: Callable[[torch.device], bool]) -> Form:
     """The form of a run on such a device."""
     return lambda options: holds(device := device_of(option(options, "device"))) and f"device={device}"
@@ -186,7 +208,7 @@ def _new_heads(plan: Plan) -> str:
 
 
 def _no_routers(plan: Plan) -> bool:
-    return not (plan.native and has_routers(plan.bare_policy().trunk))
+    return plan.native and not has_routers(plan.bare_policy().trunk)
 
 
 def _no_graphs(plan: Plan) -> str:
@@ -207,6 +229,9 @@ SITUATIONS: Mapping[str, Form] = {
     "several ranks": _ranks,
     "several sources of data": _sources,
     "a curriculum of the shortest": _shortest,
+    "a clip range that ends above it": _clip_above_delta,
+    "a loss that reads no ratio": _reads_no_ratio,
+    "no value head": _no_value_head,
     "a preset": lambda options: options.model in presets.PRESETS and f"model={options.model!r} (a preset)",
     "a GGUF file": lambda options: bool(gguf.file_of(options.model)) and f"model={options.model!r} (a GGUF file)",
     "drafts of vLLM": _drafts_of_vllm,

@@ -259,3 +259,15 @@ def test_packed_rows_of_a_model_with_an_indexer_are_right_also_where_it_leaves_t
 def test_attention_beyond_sdpa_is_ours_where_flex_attention_could_do_it(hf_policy, kind, implementation):
     policy = hf_policy(kind, **{"max_position_embeddings": 256, "num_local_experts": 2, "num_experts_per_tok": 1})
     assert (policy.own_attention, policy.config._attn_implementation) == ("eager", implementation)
+
+
+def test_the_context_ends_where_layers_of_any_kind_change_their_rotation(hf_policy):
+    """Gemma 3 rotates sliding and other layers by parameters of their own. Beyond 16 tokens longrope takes other
+    factors for the whole row, so what a cache holds of it would be of another rotation."""
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 8.0}
+    long |= {"rope_theta": 1e4, "original_max_position_embeddings": 16}
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "head_dim": 8}
+    for rope, length in ((plain, 256), (long, 16)):
+        each = {"sliding_attention": plain, "full_attention": rope}
+        assert hf_policy("gemma3_text", rope_parameters=each, **kinds).max_length == length

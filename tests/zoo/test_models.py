@@ -1,5 +1,6 @@
 """Every type of the zoo is read as docs/models.md says, and learns."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from small_learner import small_learner
 import zoo
 from grpo.config.learner import LearnerOptions
 from grpo.source.agreement import by_learner, by_sampler, check_agreement
+from policies.contradictions import refuse_type
+from policies.policy import PolicyError
 from rewards.group_score import GroupScore
 from rollout.decoding.engine import Engine
 from rollout.group import Prompt
@@ -42,6 +45,18 @@ TRAINS = list(WAYS)
 def test_the_page_has_every_type():
     assert {*WAYS, *REASONS} == {*zoo.kinds(), *zoo.refused()}
     assert len(TRAINS) >= 150
+
+
+def test_a_type_whose_folders_are_refused_is_refused_on_the_page(tmp_path):
+    refused = {}
+    for kind in zoo.kinds():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        try:
+            refuse_type(tmp_path)
+        except PolicyError as error:
+            refused[kind] = str(error).partition(": ")[2]
+    assert {"deepseek_v32", "deepseek_v4", "longcat_flash"} <= set(refused)
+    assert refused.items() <= REASONS.items()
 
 
 @pytest.mark.slow

@@ -35,11 +35,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampler, choose_paths
 from grpo.source.policy_source import find_policy, shape_of
 from policies import lora
+from policies.checkpoint import check_weights
+from policies.contradictions import why_refused
 from policies.cut import CHOSEN, WINDOW, cut_model, has_windows, quiet
 from policies.layout import PolicyError
 from policies.lm_head import last_states
 from policies.policy import Policy, checkpoint_layers, read_tokenizer
 from policies.presets import PRESETS, small_tokenizer
+from policies.routing.routers import routers
 from policies.sharding import routed_experts
 from rollout.backends.stock import CACHES
 from rollout.decoding.engine import Engine
@@ -77,7 +80,7 @@ WHAT_TO_DO = {
     "short time steps": "set time_step_min in config.json to 1e-9: a prompt is clamped by it, a decoded token is not",
     "windows": "the window in config.json is not applied: keep contexts shorter than it, and report it",
     "router": "compute the router in float32 (transformers: _keep_in_fp32_modules); break ties by random weights",
-    "router flips": "learner.routing_replay: true, or dtype: float32; elsewhere replay the sampler's experts",
+    "router flips": "dtype: float32; elsewhere replay the sampler's experts",
     "gradient checkpointing": "leave it off (learner.gradient_checkpointing, gradient_checkpointing=False)",
     "LM head": "set tie_word_embeddings in config.json to what the weights are",
     "template": "over several turns keep the ids of what was sampled, as quartet does, and never render again",
@@ -127,6 +130,8 @@ def check(model: str, layers: int = 1) -> list[Row]:
         raise PolicyError(f"model={model!r}: {error}; name a folder or a hub id whose config.json is whole") from error
     if source is None or source in PRESETS:
         return rows  # nobody has given it a tokenizer
+    if any(Path(source).glob("*.safetensors")):
+        rows.append(_files(Path(source), shape))
     try:
         tokenizer = read_tokenizer(source)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -143,10 +148,24 @@ def check(model: str, layers: int = 1) -> list[Row]:
     return [*rows, *examine_text(tokenizer, stops, getattr(text, "vocab_size", None))]
 
 
+def _files(folder: Path, shape: PretrainedConfig) -> Row:
+    """Whether the weights of a folder are those of its configuration."""
+    result = Row("weights")
+    try:
+        check_weights(folder, shape)
+        result.say(OURS, "as config.json describes them")
+    except PolicyError as error:
+        result.say(OURS, "refused", wrong=True)
+        result.note = str(error)
+    return result
+
+
 def _configuration(model: str) -> tuple[PretrainedConfig, str | None]:
     if model in CONFIG_MAPPING and not Path(model).exists():
         if model not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise PolicyError(f"model={model!r}: transformers has no causal language model of this type; name another")
+        if why := why_refused(model):
+            raise PolicyError(f"model={model!r}: {why}")
         with quiet():
             return CONFIG_MAPPING[model](), None
     try:
@@ -382,7 +401,9 @@ def _router(model: PreTrainedModel, row: Tensor) -> list[Row]:
         sets = [(scores.topk(chosen).indices, other.topk(chosen).indices) for (_, _, scores), (_, _, other) in pairs]
         share = torch.cat([(a.sort().values != b.sort().values).any(1).float() for a, b in sets]).mean().item()
         flips.say(TRANSFORMERS, f"{share:.0%} of tokens")
-        flips.note = WHAT_TO_DO["router flips"] if share else ""
+        if share:
+            replay = "learner.routing_replay: true, or " if routers(model) else ""  # experts that quartet records
+            flips.note = replay + WHAT_TO_DO["router flips"]
     except RuntimeError as error:
         flips.say(TRANSFORMERS, f"no bfloat16: {error}"[:100])
     return [result, flips]

@@ -215,6 +215,8 @@ class _Reading:
         threshold = "algorithm.rollout_correction.rollout_is_threshold"
         if values["algorithm.rollout_correction.rollout_is"] and threshold not in self.overrides:
             self.lacks(threshold, values[threshold])  # 2 there, 3 here
+        if values["algorithm.adv_estimator"] != "grpo":  # verl does not read it either
+            take_option(self.migration.options, "loss.scale_rewards")
         if values["algorithm.adv_estimator"] == "gae":
             self.put("value.lam", values["algorithm.lam"])
         if values["algorithm.filter_groups.enable"]:

@@ -227,6 +227,22 @@ def test_the_bonus_is_the_mean_over_the_tokens_that_count(tokens):
     assert policy_loss(zeros[:, :4], zeros[:, :4], torch.zeros(1), mask[:, :4], **given)[0].item() == -2.0
 
 
+def test_the_top_tokens_of_a_large_step():
+    """torch's quantile takes 2^24 values at most. Here they are 0, 1, ... 2^21, each eight times: 17 million tokens."""
+    entropies = torch.arange(2**21 + 1).repeat_interleave(8).float()
+    assert len(entropies) > 2**24
+    top = top_entropy_of(entropies, 0.25)
+    assert top.threshold.item() == 3 * 2**19
+    assert top.tokens == 8 * (2**19 + 1)
+
+
+def test_entropies_that_differ_by_rounding_are_equal():
+    """The same context may be read in two micro-batches, and round differently. Half of six tokens: the last of them has
+    two equals."""
+    top = top_entropy_of(torch.tensor([0.9, 0.5, 0.5000003, 0.4999997, 0.1, 0.1]), 0.5)
+    assert top.tokens == 4
+
+
 def test_value_loss_by_hand():
     # V 1, 0, 5; V_old 0.5, 0, 5; R 2, 1, 0 (masked). clip(V) = 0.7, 0: squares 1, 1, clipped 1.69, 1
     values, old, returns = (

@@ -646,6 +646,21 @@ def test_contract_9_what_left_after_0_2_is_not_gone_on_with_unnoticed_where_bits
         refuse_changed_config(file, config)
 
 
+def test_a_run_of_0_2_resumes_without_options_that_it_never_read(micro_config, tmp_path):
+    """Today they are refused beside these estimators. Where they are read, they may not change."""
+    file = tmp_path / "config.yaml"
+    for now, unread in (
+        ({"loss.advantage": "rloo"}, {"loss.scale_rewards": "none", "value.lam": 0.5, "distill.top_k": 4}),
+        ({"loss.loss_type": "reinforce"}, {"loss.importance_sampling_level": "sequence"}),
+    ):
+        file.write_text(dump_yaml(micro_config(tmp_path, **now, **unread)))
+        refuse_changed_config(file, micro_config(tmp_path, **now))
+    for then in ({"loss.scale_rewards": "none"}, {"loss.importance_sampling_level": "sequence"}):
+        file.write_text(dump_yaml(micro_config(tmp_path, **then)))
+        with pytest.raises(ValueError, match=f"{[*then][0]}: '.*' then"):
+            refuse_changed_config(file, micro_config(tmp_path))
+
+
 def test_contract_9_an_agents_run_that_kept_thoughts_is_not_gone_on_with_unnoticed(micro_config, tmp_path):
     """0.2 kept them by default, and today's agents learn each turn as a server shows it."""
     file = tmp_path / "config.yaml"

@@ -82,6 +82,15 @@ def test_draws_within_a_step_differ_and_hold_no_example_twice():
     assert all(len(set(draw)) == 5 for draw in draws)
 
 
+def test_resamples_are_other_examples_than_the_step_has():
+    """Ten are open. Steps of five with two resamples each: whatever was drawn before, none comes twice in a step while
+    another one is left."""
+    curriculum = _curriculum(EXAMPLES, _config(shortest_share=0.99))
+    for step in range(1, 9):
+        drawn = [_ids(curriculum.choose_prompts(count, step, draw)) for draw, count in enumerate((5, 2, 2))]
+        assert len(set(sum(drawn, []))) == 9
+
+
 @pytest.mark.parametrize("options", [{}, {"shortest_share": 0.3}])
 def test_contract_9_the_state_goes_through_json_and_resumes(options):
     config = _config(seed=2, steps=6, **options)

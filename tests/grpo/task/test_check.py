@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from grpo.cli.commands import summary
 from grpo.cli.launch import launch
@@ -69,15 +70,18 @@ def test_contract_20_the_plan_refuses_what_the_run_refuses(micro_config, tmp_pat
     assert not [path for path in (tmp_path / "r").rglob("*") if path.suffix == ".safetensors"]  # nothing was learned
 
 
-def test_what_only_a_dense_policy_cannot_do(micro_config, hf_policy, tmp_path):
-    hf_policy("llama").save(tmp_path / "m")
-    for given, message in (
-        ({"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"),
-        ({"learner.routing_replay": True}, "(no experts or dynamic heads): there is nothing to be replayed"),
-    ):
-        more = {"sft.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
-        config = micro_config(tmp_path / "r", model=str(tmp_path / "m"), **more)
-        assert message in both(config, train)
+def test_what_only_a_deepseek_v3_policy_can_do(micro_config, hf_policy, tmp_path):
+    replay = {"learner.routing_replay": True}, "experts are recorded of DeepSeek-V3 policies only; drop it"
+    balance = {"balance.entropy_weight": 0.1}, "balance.entropy_weight=0.1, but this policy has no routed experts"
+    for kind, refused in (("llama", [balance, replay]), ("mixtral", [replay])):
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+        hf_policy(kind, **experts).save(tmp_path / kind)
+        for given, message in refused:
+            more = {"sft.steps": 0, "rollout.draft_tokens": 0, "mtp.loss_weight": 0, **given}
+            config = micro_config(tmp_path / "r", model=str(tmp_path / kind), **more)
+            words = both(config, train)
+            assert message in words
+            assert "nothing to be replayed" not in words
 
 
 def test_dynamic_heads_are_replayed_where_there_are_no_experts(micro_config, tmp_path, monkeypatch):
@@ -100,6 +104,38 @@ def test_damaged_weights_are_found_without_loading_them(micro_config, micro_poli
     assert isinstance(summary.dry_run(config), bool)  # a shape alone can be planned with
     with pytest.raises(PolicyError):
         train(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2", "deepseek_v3"])
+def test_contract_20_an_lm_head_that_is_not_the_configurations_is_refused_in_the_plan(
+    micro_config, micro_policy, hf_policy, tmp_path, kind, tied
+):
+    """A tied model whose files hold another LM head, and a model of its own LM head whose files hold none."""
+    folder = tmp_path / "policy"
+    (micro_policy(4) if kind == "deepseek_v3" else hf_policy(kind)).save(folder)
+    file, weights = folder / "config.json", load_file(folder / "model.safetensors")
+    given = {"rollout.draft_tokens": 0, "mtp.loss_weight": 0, "sft.steps": 0}
+    config = micro_config(tmp_path / "r", model=str(folder), **given)
+    if tied:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+        assert "hold an LM head that differs from the embedding" in both(config, train)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        summary.dry_run(config)
+    else:
+        del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        assert "lacks the tensors lm_head.weight" in both(config, train)
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_lm_head_of_another_name_is_not_missing(micro_config, hf_policy, tmp_path):
+    """GPT-NeoX's files call it embed_out."""
+    hf_policy("gpt_neox").save(tmp_path / "policy")
+    assert "lm_head.weight" not in load_file(tmp_path / "policy/model.safetensors")
+    given = {"rollout.draft_tokens": 0, "mtp.loss_weight": 0, "sft.steps": 0}
+    summary.dry_run(micro_config(tmp_path / "r", model=str(tmp_path / "policy"), **given))
 
 
 def test_the_plan_of_a_resume_refuses_other_rewards(micro_config, tmp_path):

@@ -18,6 +18,7 @@ from rewards.config.options import ConfigError, _options, load
 SUMS = {"loss.multi_objective_aggregation": "normalize_then_sum"}
 VLLM = {"rollout.backend": "vllm", "rollout.draft_tokens": 2}
 TEACHER = {"loss.advantage": "distill", "distill.teacher": "nowhere@http://h"}
+SEQUENCE = {"loss.loss_type": "reinforce", "loss.importance_sampling_level": "sequence"}
 NF4, INT8 = {"lora.base": "nf4"}, {"rollout.quantization": "int8"}
 
 
@@ -37,6 +38,13 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         ({"eval.every": 5}, "eval.limit=0 with eval.every=5: that evaluates nothing"),
         ({"loss.loss_type": "cispo"}, "loss.epsilon_high=null with loss.loss_type=cispo: cispo needs the cap"),
         (SUMS | {"loss.advantage": "rloo"}, "advantage=rloo with .*_then_sum: .* takes the weighted sum; use"),
+        ({"loss.advantage": "rloo", "loss.scale_rewards": "none"}, "rloo with loss.scale_rewards=none: .* of its own"),
+        ({"loss.advantage": "gae", "loss.scale_rewards": "batch"}, "gae with loss.scale_rewards=batch: that estimator"),
+        ({"loss.delta": 1.1}, "delta=1.1 with loss.epsilon=0.2 .*ends at 1.2.: delta bounds the ratio .*; raise delta"),
+        ({"loss.delta": 1.25, "loss.epsilon_high": 0.28}, "delta=1.25 with loss.epsilon_high=0.28 .*ends at 1.28"),
+        (SEQUENCE, "level=sequence with loss.loss_type=reinforce, which reads no ratio: leave importance_sampling_level"),
+        ({"value.lam": 0.9}, "value.lam=0.9 with loss.advantage=group_relative, which has no value head: .* leave lam"),
+        ({"distill.top_k": 4}, "loss.advantage=group_relative with distill.top_k=4: .* leave top_k out"),
         ({"loss.advantage": "distill"}, "distill.teacher=null with loss.advantage=distill: distill needs a teacher"),
         (TEACHER | {"loss.advantage": "rloo"}, "advantage=rloo with distill.teacher=nowhere@.*: distill alone has a"),
         (TEACHER | {"rollout.temperature": 0.7}, "temperature=0.7 with distill.teacher=.*: .* at temperature 1 only"),
@@ -62,6 +70,20 @@ def test_what_contradicts_each_other_is_named_with_the_way_out(given, words, tmp
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=words):
         check_plan(load(TrainConfig, None, {"output_dir": "r", "model": "nowhere", "data.limit": 8, **given}))
+
+
+def test_what_is_read_contradicts_nothing():
+    """Beside each of the refusals above: the bound at the end of the clip range, a ratio that the KL reads, and so on."""
+    read = (
+        {"loss.delta": 1.2},
+        {"loss.delta": 1.3, "loss.epsilon_high": 0.28},
+        SEQUENCE | {"loss.beta": 0.1},
+        {"loss.scale_rewards": "none"},
+        {"loss.advantage": "gae", "value.lam": 0.9},
+    )
+    for given in read:
+        assert list(contradictions(Plan(load(TrainConfig, None, {"output_dir": "r", **given})))) == []
+    assert list(contradictions(Plan(load(SftConfig, None, {"output_dir": "r"})))) == []
 
 
 def test_missing_packages_are_named_with_their_extra_and_ranks_that_others_have_started_are_several(monkeypatch):

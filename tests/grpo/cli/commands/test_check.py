@@ -548,6 +548,35 @@ def test_a_folder_with_a_configuration_alone_has_no_tokenizer(tmp_path, monkeypa
     assert template.wrong == []
 
 
+MANY = {"num_experts_per_tok": 8}  # of many experts: two of them are nearly tied for some token
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "experts"),
+    [
+        ("mixtral", False, {"num_local_experts": 64} | MANY),
+        ("deepseek_v3", True, {"n_routed_experts": 64, "n_group": 1, "topk_group": 1} | MANY),
+    ],
+)
+def test_experts_are_replayed_where_quartet_records_them(without_trl, monkeypatch, kind, records, experts):
+    _only(monkeypatch)
+    [flips] = [row for row in examine(zoo.tiny_config(kind, **experts)) if row.name == "router flips"]
+    assert flips.values[TRANSFORMERS] != "0% of tokens"
+    assert ("learner.routing_replay" in flips.advice) == records
+    assert "dtype: float32" in flips.advice
+
+
+def test_weights_that_config_json_contradicts_are_named(hf_policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_module, "examine", lambda *_: [])
+    hf_policy("llama").save(tmp_path)
+    assert [row.wrong for row in check_module.check(str(tmp_path)) if row.name == "weights"] == [[]]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    [row] = [row for row in check_module.check(str(tmp_path)) if row.wrong]
+    assert (row.name, row.wrong) == ("weights", ["quartet"])
+    assert "an LM head that differs from the embedding; set it to false" in row.advice
+
+
 def test_ids_that_the_embedding_has_not_and_letters_that_change_are_named():
     tokenizer = small_tokenizer(["2 + 2 = 4\n"], 272)
     row = examine_text(tokenizer, [], vocabulary=200)[1]

@@ -152,6 +152,13 @@ def test_a_loss_of_verls_is_ours_with_what_it_reads(files, mode, loss, lost):
     assert all("importance_sampling_level is one of" not in each.reason for each in migration.unsupported)
 
 
+def test_a_scale_that_an_estimator_does_not_read_is_left_out(files):
+    words = "algorithm.norm_adv_by_std_in_grpo=False actor_rollout_ref.rollout.n=2 data.train_batch_size=4"
+    command = f"{PPO} data.train_files={files}/train.parquet {words} algorithm.adv_estimator="
+    assert read_verl_command(command + "grpo").tree["loss"]["scale_rewards"] == "none"
+    assert "scale_rewards" not in read_verl_command(command + "rloo").tree["loss"]
+
+
 @pytest.mark.parametrize("value", ["0", "abc", "null", "[]", "1.5", "-2"])
 @pytest.mark.parametrize(
     "name",

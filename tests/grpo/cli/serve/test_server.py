@@ -162,7 +162,9 @@ def test_log_probabilities_are_those_of_the_sampler(running, engine):
     assert offsets == whole["text_offset"]
     asked = {"model": "micro", "messages": [{"role": "user", "content": "3"}], "logprobs": True, "max_tokens": 4}
     content = running.ask("/v1/chat/completions", asked)[1]["choices"][0]["logprobs"]["content"]
-    assert all(entry["logprob"] <= 0 and bytes(entry["bytes"]).decode() == entry["token"] for entry in content)
+    for entry in content:
+        assert entry["logprob"] <= 0
+        assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
 
 
 @pytest.mark.parametrize(
