@@ -204,8 +204,8 @@ def check_files(folder: Path) -> None:
 
 
 def check_weights(folder: Path, config: PretrainedConfig) -> None:
-    """Raises PolicyError for what `load` refuses of the weights of a folder. Only an LM head that should be the embedding
-    is read."""
+    """Raises PolicyError for what `load` refuses of the weights of a folder. Only an LM head that should be the
+    embedding is read."""
     from policies import contradictions
     from policies.files import packed
 

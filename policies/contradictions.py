@@ -301,8 +301,8 @@ def _untied(source: str | Path) -> PolicyError:
 
 
 def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
-    """Raises what `refuse_untied` and `check_report` say of the LM head, before the model is loaded. Files that may have
-    another name for it, as GPT-NeoX's do, are left to these."""
+    """Raises what `refuse_untied` and `check_report` say of the LM head, before the model is loaded. Files that may
+    have another name for it, as GPT-NeoX's do, are left to these."""
     try:
         with torch.device("meta"):
             trunk = auto_class(config).from_config(config)
@@ -317,9 +317,10 @@ def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
         others = files.shapes.keys() - names_of_all
         if name not in files.shapes and tuple(lm_head.weight.shape) not in {files.shapes[other] for other in others}:
             refuse_differences(files.source, {name: ()}, {})
-    elif name in files.shapes and name != names[embedding]:
-        if not torch.equal(files.read(name)[name], files.read(names[embedding])[names[embedding]]):
-            raise _untied(files.source)
+        return
+    first = names[embedding]
+    if name in files.shapes and name != first and not torch.equal(files.read(name)[name], files.read(first)[first]):
+        raise _untied(files.source)
 
 
 def check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:

@@ -170,8 +170,8 @@ class TopEntropy(NamedTuple):
 
 
 def top_entropy_of(entropies_N: Tensor, top_entropy_quantile: float) -> TopEntropy:
-    """The top ρ of these tokens by entropy, and all that equal the last of them up to rounding; without tokens an infinite
-    threshold.
+    """The top ρ of these tokens by entropy, and all that equal the last of them up to rounding; without tokens an
+    infinite threshold.
 
     Source: "Beyond the 80/20 rule", arXiv:2506.01939, which takes ρ = 0.2.
 

@@ -237,8 +237,8 @@ def test_the_top_tokens_of_a_large_step():
 
 
 def test_entropies_that_differ_by_rounding_are_equal():
-    """The same context may be read in two micro-batches, and round differently. Half of six tokens: the last of them has
-    two equals."""
+    """The same context may be read in two micro-batches, and round differently. Half of six tokens: the last of them
+    has two equals."""
     top = top_entropy_of(torch.tensor([0.9, 0.5, 0.5000003, 0.4999997, 0.1, 0.1]), 0.5)
     assert top.tokens == 4
 

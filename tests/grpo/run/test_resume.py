@@ -657,7 +657,7 @@ def test_a_run_of_0_2_resumes_without_options_that_it_never_read(micro_config, t
         refuse_changed_config(file, micro_config(tmp_path, **now))
     for then in ({"loss.scale_rewards": "none"}, {"loss.importance_sampling_level": "sequence"}):
         file.write_text(dump_yaml(micro_config(tmp_path, **then)))
-        with pytest.raises(ValueError, match=f"{[*then][0]}: '.*' then"):
+        with pytest.raises(ValueError, match=f"{next(iter(then))}: '.*' then"):
             refuse_changed_config(file, micro_config(tmp_path))
 
 

@@ -42,7 +42,7 @@ def test_the_table_names_options_and_forms_that_exist_and_every_form():
         ({"loss.advantage": "gae", "loss.scale_rewards": "batch"}, "gae with loss.scale_rewards=batch: that estimator"),
         ({"loss.delta": 1.1}, "delta=1.1 with loss.epsilon=0.2 .*ends at 1.2.: delta bounds the ratio .*; raise delta"),
         ({"loss.delta": 1.25, "loss.epsilon_high": 0.28}, "delta=1.25 with loss.epsilon_high=0.28 .*ends at 1.28"),
-        (SEQUENCE, "level=sequence with loss.loss_type=reinforce, which reads no ratio: leave importance_sampling_level"),
+        (SEQUENCE, "level=sequence with loss.loss_type=reinforce, which reads no ratio: leave importance_sampling"),
         ({"value.lam": 0.9}, "value.lam=0.9 with loss.advantage=group_relative, which has no value head: .* leave lam"),
         ({"distill.top_k": 4}, "loss.advantage=group_relative with distill.top_k=4: .* leave top_k out"),
         ({"loss.advantage": "distill"}, "distill.teacher=null with loss.advantage=distill: distill needs a teacher"),
@@ -73,7 +73,7 @@ def test_what_contradicts_each_other_is_named_with_the_way_out(given, words, tmp
 
 
 def test_what_is_read_contradicts_nothing():
-    """Beside each of the refusals above: the bound at the end of the clip range, a ratio that the KL reads, and so on."""
+    """Next to each of the refusals above: the bound at the end of the clip range, a ratio that the KL reads."""
     read = (
         {"loss.delta": 1.2},
         {"loss.delta": 1.3, "loss.epsilon_high": 0.28},
