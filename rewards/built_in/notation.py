@@ -12,8 +12,8 @@ from decimal import Decimal
 
 # The full-width characters of ASCII (East Asian text), minus signs, and fractions of one character.
 _CHARACTERS: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-_CHARACTERS |= str.maketrans("\u2212\u2012\ufe63", "---")
-_CHARACTERS |= str.maketrans({"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
+_CHARACTERS |= dict.fromkeys((0x2212, 0x2012, 0xFE63), "-")
+_CHARACTERS |= {ord("½"): " 1/2", ord("⅓"): " 1/3", ord("⅔"): " 2/3", ord("¼"): " 1/4", ord("¾"): " 3/4"}
 
 _REWRITES = [
     (re.compile(r"\{,\}"), ","),  # 1{,}000
@@ -32,7 +32,14 @@ _POWER_OF_TEN = (
 )
 _SCIENTIFIC = re.compile(rf"(?<![\w.\\/^])(?P<digits>\d{{1,20}}(?:\.\d{{1,20}})?){_POWER_OF_TEN}")
 
-_SYMBOLS = {"π": r"\pi ", "∞": r"\infty ", "∅": r"\emptyset ", "°": r"^{\circ}", "²": "^2", "³": "^3"}
+_SYMBOLS: dict[str, str | int | None] = {
+    "π": r"\pi ",
+    "∞": r"\infty ",
+    "∅": r"\emptyset ",
+    "°": r"^{\circ}",
+    "²": "^2",
+    "³": "^3",
+}
 _SYMBOLS |= {"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq "}
 _SYMBOLS |= {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "$": ""}
 _LATEX = [
