@@ -36,7 +36,7 @@ from rewards.protocol import Completions, RewardError, right_at, text_of
 
 try:
     from math_verify import parse, verify
-    from sympy import Eq, Number
+    from sympy import And, Eq, Number
 except ImportError as error:
     raise RewardError("reward math_equivalence needs math-verify: pip install 'quartet-rewards[math]'") from error
 
@@ -53,7 +53,8 @@ _COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|textnormal|begin|end)\s*\{[
 _FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi)(?![a-z])"
 _WORD = re.compile(rf"(?<![\dA-Za-z])(?!{_FUNCTION})[A-Za-z]{{2,}}")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
-_UNFINISHED = re.compile(r"\d\.\d+\.\d|[-+*/^=<>]\Z")
+_UNFINISHED = re.compile(r"\d\.\d+\.\d|\d\s*[~|]\s*\d|[-+*/^=<>]\Z")
+_ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what sympy may compute for minutes
 
 # A bound, or what the answer is not; a number in another base; and what stands before and behind an answer that is not
 # meant.
@@ -61,6 +62,7 @@ _BOUND_FIRST = re.compile(r"\A\s*(?:\\(?:neg|lnot|not|neq?|leq?|geq?|lt|gt)(?![A
 _BASE = re.compile(r"\d_\{?\d")
 _OPENING = r"[\s$*({\[\\]*(?:boxed\{)?\s*\Z"
 _DENIED = re.compile(rf"(?:\bnot|n't|\bnever|≠)(?:\s+equal(?:\s+to)?|\s+be)?{_OPENING}", re.IGNORECASE)
+_EITHER = re.compile(r"(?<![\d/.])(-?\d[\d,]*(?:\.\d+)?) or (-?\d[\d,]*(?:\.\d+)?)(?![\d/%\\])")
 _DISOWNED = re.compile(r"[\s$*)}\]\\]*(?:is|was)\s+(?:wrong|incorrect|false|not)\b", re.IGNORECASE)
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
@@ -124,6 +126,8 @@ def _is_expression(text: str) -> bool:
     """Whether the text is an expression without delimiters: short, on one line, and without words, or only words."""
     if not text or len(text) > LONGEST or "\n" in text or any(mark in text for mark in _DELIMITERS):
         return False
+    if _ENDLESS.search(text):
+        return False
     return is_words(text) or not _WORD.search(_COMMAND.sub(" ", text))
 
 
@@ -150,8 +154,8 @@ def _parsed(expression: str) -> list:
 def _is_another_statement(answer: list, gold: list) -> bool:
     """Whether the answer is a false equation, or a bound or a number in another base where the gold one is none."""
     expression, source, gold_source = answer[0], str(answer[-1]), str(gold[-1])
-    if isinstance(expression, Eq) and not expression.free_symbols and expression != gold[0]:
-        return not _holds(expression)
+    if isinstance(expression, Eq | And) and not expression.free_symbols and expression != gold[0]:
+        return not all(map(_holds, expression.args if isinstance(expression, And) else [expression]))
     return any(kind.search(source) and not kind.search(gold_source) for kind in (_BASE, _BOUND_FIRST))
 
 
@@ -163,13 +167,20 @@ def _holds(equation: Any) -> bool:
 
 
 def _is_denied(source: str, text: str) -> bool:
-    """Whether the text says right before or behind the last `source` that it is not the answer."""
+    """Whether the text says right before or behind the last `source` that it is not the answer, or that another number
+    may be."""
     start = text.rfind(source)
-    before, after = text[max(start - 40, 0) : max(start, 0)], start + len(source)
-    return start >= 0 and bool(_DENIED.search(before) or _DISOWNED.match(text, after))
+    if start < 0:
+        return False
+    first, end = max(start - 40, 0), start + len(source)
+    for one, other in _EITHER.findall(text[first : end + 40]):
+        if one != other and source in (one, other):
+            return True
+    return bool(_DENIED.search(text[first:start]) or _DISOWNED.match(text, end))
 
 
 def _places(gold: Any) -> int:
     """Digits after the point to compare to: 6, and more for a number below 0.1, of which 6 would leave too little."""
-    size = abs(float(gold)) if isinstance(gold, Number) and gold.is_finite else 0.0
-    return 6 - min(math.floor(math.log10(size)) + 1, 0) if size else 6
+    if not isinstance(gold, Number) or not gold.is_finite or not 0 < abs(gold) < 0.1:
+        return 6
+    return 5 - math.floor(math.log10(max(float(abs(gold)), 1e-300)))

@@ -12,7 +12,7 @@ from decimal import Decimal
 
 # The full-width characters of ASCII (East Asian text), minus signs, and fractions of one character.
 _CHARACTERS: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-_CHARACTERS |= dict.fromkeys((0x2212, 0x2012, 0xFE63), "-")
+_CHARACTERS |= dict.fromkeys((0x2212, 0x2012, 0x2013, 0xFE63), "-")
 _CHARACTERS |= {ord("½"): " 1/2", ord("⅓"): " 1/3", ord("⅔"): " 2/3", ord("¼"): " 1/4", ord("¾"): " 3/4"}
 
 _REWRITES = [
