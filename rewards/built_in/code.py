@@ -6,7 +6,7 @@ import ast
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from textwrap import dedent
@@ -14,16 +14,19 @@ from textwrap import dedent
 from rewards.isolation.sandbox import Limits, SandboxUnavailable, run_python, unavailable
 from rewards.protocol import Completions, right_at, text_of
 
-_BLOCK = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
-_LANGUAGES = ("python", "py", "python3", "py3")
+_FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})(?P<info>[^`~]*)\Z")  # the end of a line: text may come before it
+_PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![\w-])", re.IGNORECASE)  # python title="x", {.python}, Python3
+_DEFINED = re.compile(r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=", re.MULTILINE)
 
 # Reads the word by which the results are known before the program can, and says it after each test that passed.
 _HARNESS = """
 def run():
-    import json, os, sys
+    import json, os, sys, types
     given, out = json.loads(sys.stdin.readline()), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    space = {"__name__": "__main__"}
+    program = types.ModuleType("program")  # not __main__: a guard would read input, or end before the tests
+    space = program.__dict__
+    sys.modules["program"] = program
     exec(compile(given["program"], "program.py", "exec"), space)
     for i, test in enumerate(given["tests"]):
         try:
@@ -50,11 +53,14 @@ def code(
 ) -> list[float]:
     """Gives 1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
 
-    The program is the last block of Python between ``` marks, or without one the whole completion. `tests` is for each
-    completion Python text, such as `assert double(2) == 4`, or a list of such texts, which run after the program, in
-    its names. A program that fails, ends itself or passes a limit (`seconds`, `memory_mib`, no network, no files) has
-    failed the tests that it did not come to: that is no failure of the reward. `code_result` is logged for each
-    completion.
+    The program is the last block of Python between ``` or ~~~ marks that defines a name of the tests. If none does, it
+    is the last block, and without a block the whole completion. It is imported: what stands behind
+    `if __name__ == "__main__":` does not run.
+
+    `tests` is for each completion Python text, such as `assert double(2) == 4`, or a list of such texts, which run
+    after the program, in its names. A program that fails, ends itself or passes a limit (`seconds`, `memory_mib`, no
+    network, no files) has failed the tests that it did not come to: that is no failure of the reward. `code_result` is
+    logged for each completion.
 
     A test runs beside the program that it tests: one that looks for the harness in the interpreter can pass it. Raises
     SandboxUnavailable where no code can be run, and ValueError for tests that are missing or no Python.
@@ -66,7 +72,10 @@ def code(
         raise SandboxUnavailable(problem)
     limits = Limits(seconds=seconds, memory=memory_mib << 20)
     each = [_tests(texts) for texts in tests]
-    programs = [program_of(text_of(completion)) for completion in completions]
+    programs = [
+        program_of(text_of(completion), _names(tests_of_one))
+        for completion, tests_of_one in zip(completions, each, strict=True)
+    ]
     with ThreadPoolExecutor(max(concurrency, 1)) as threads:
         results = list(threads.map(partial(_passed, limits=limits), programs, each))
     if log_extra:
@@ -77,15 +86,46 @@ def code(
     ]
 
 
-def program_of(text: str) -> str:
-    r"""The last block between ``` marks that says it is Python, else the last one of no language, else the whole text.
+def program_of(text: str, names: Collection[str] = ()) -> str:
+    r"""The last block between marks that says it is Python, else the last one of no language, else the whole text. A
+    block that defines one of `names` goes before those that do not, such as an example of its use.
 
     >>> program_of("So:\n```python\nx = 1\n```\nIt prints:\n```\n1\n```")
     'x = 1\n'
     """
-    blocks = [(language.strip().lower(), dedent(block)) for language, block in _BLOCK.findall(text)]
-    python = [block for language, block in blocks if language in _LANGUAGES]
-    return next(iter((python or [block for language, block in blocks if not language])[::-1]), text)
+    blocks = list(_blocks(text))
+    python = [block for info, block in blocks if _PYTHON.match(info)]
+    candidates = python or [block for info, block in blocks if not info.strip()]
+    if not candidates:
+        return text
+    defining = [block for block in candidates if _defined(block) & set(names)]
+    return (defining or candidates)[-1]
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """The fenced blocks of a text: what stands behind the opening mark, and the code."""
+    mark, info, lines = "", "", []
+    for line in text.splitlines(keepends=True):
+        fence = _FENCE.search(line.rstrip())
+        if fence is None or not fence["mark"].startswith(mark):
+            lines.append(line)
+            continue
+        if mark:
+            lines.append(line[: fence.start()])  # code may stand before the mark
+            yield info, dedent("".join(lines))
+        opens = not mark or fence["info"].strip()  # a mark with an info string also ends a block
+        mark, info, lines = (fence["mark"], fence["info"], []) if opens else ("", "", [])
+    if mark:
+        yield info, dedent("".join(lines))
+
+
+def _defined(block: str) -> set[str]:
+    return {function or variable for function, variable in _DEFINED.findall(block)}
+
+
+def _names(tests: list[str]) -> set[str]:
+    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    return {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 def _tests(texts: str | Sequence[str]) -> list[str]:

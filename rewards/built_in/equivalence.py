@@ -1,8 +1,22 @@
 r"""Mathematical equivalence by math-verify (optional extra `math`): `1/2`, `0.5` and `\frac{1}{2}` are equal.
 
-Its own time limits use SIGALRM, which works only in a main thread and elsewhere made graders silently score 0. They are
-off here, since the scorer's workers have a time limit. A text such as `10**10**10` exceeds it, which is a failure like
-any other. As a policy will write such texts, `reward.on_error` should be `drop_sample` or `score=0`.
+| completion                            | what is compared                                                        |
+|---------------------------------------|-------------------------------------------------------------------------|
+| `<answer>3/4</answer>`                | the last block                                                          |
+| `so 3 + 4. #### 7`                    | what follows the last `####`, if it is an expression                    |
+| `... Answer: \dfrac{1}{2}`            | what follows `answer` on the last line, if it is an expression          |
+| `(2, 5]`, `x^2 + 1`, `\dfrac{1}{2}`   | all of it: an expression without delimiters                             |
+| other text                            | math-verify's choice: after `final answer is`, in `\boxed{}`, the last  |
+
+Numbers and signs are first written in one way: see `rewards.built_in.notation`. Floats are compared to 6 places after
+the point, or to 6 digits if they are small.
+
+A completion can name the right expression without answering with it: `not $42$`, `$42$ is wrong`, `\neq 42`, `\leq 42`,
+`41 = 42`, `42_5`. Such a completion scores 0.0.
+
+math-verify's own time limits use SIGALRM, which works only in a main thread and elsewhere made graders silently score
+0. They are off here, since the scorer's workers have a time limit. A text such as `10**10**10` exceeds it, which is a
+failure like any other. As a policy will write such texts, `reward.on_error` should be `drop_sample` or `score=0`.
 
 math-verify passes only digits, blanks and the characters `+-*/^().` of a completion to sympy's parser, which evaluates
 what it reads. Everything else goes through a grammar of LaTeX.
@@ -12,29 +26,51 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
+from collections.abc import Iterator
+from typing import Any
 
+from rewards.built_in.notation import in_latex, is_words, readable
 from rewards.protocol import Completions, RewardError, right_at, text_of
 
 try:
     from math_verify import parse, verify
+    from sympy import And, Eq, Number
 except ImportError as error:
     raise RewardError("reward math_equivalence needs math-verify: pip install 'quartet-rewards[math]'") from error
 
 # Of a text without delimiters math-verify reads a number alone: 2 of 2\sqrt{3}, and 5 of 3, 5. These are numbers,
-# perhaps with a unit after a blank, and plain arithmetic, which it reads better without.
-_NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=[\d])%?"
-_UNIT = r" (?!pi\b|sqrt\b)[A-Za-z]{2,}(?: [A-Za-z]{2,})*"
+# perhaps with a unit, and plain arithmetic, which it reads better without.
+_NUMBER = r"[-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d+)?(?<=[\d])(?: ?%)?"
+_UNIT = r"(?: (?!pi\b|sqrt\b)[A-Za-z]{2,}|(?!sqrt)[A-Za-z]{4,})(?: [A-Za-z]{2,})*"
 _AS_IT_IS = re.compile(rf"{_NUMBER}(?:{_UNIT})?|(?!.*\d\s+\d)[\d.\s+\-*/^()]+")
-_MIXED = re.compile(r"([-+]?)(\d+) (\d+)/(\d+)")
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
+
+LONGEST = 300  # characters of an answer that is an expression without delimiters
+_ANSWER_LINE = re.compile(r".{0,100}?\banswer(?:\s+is)?\s*:?\s*(\S.*)", re.IGNORECASE)
+_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|textnormal|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi)(?![a-z])"
+_WORD = re.compile(rf"(?<![\dA-Za-z])(?!{_FUNCTION})[A-Za-z]{{2,}}")
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_UNFINISHED = re.compile(r"\d\.\d+\.\d|\d\s*[~|]\s*\d|[-+*/^=<>]\Z")
+_ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what sympy may compute for minutes
+
+# A bound, or what the answer is not; a number in another base; and what stands before and behind an answer that is not
+# meant.
+_BOUND_FIRST = re.compile(r"\A\s*(?:\\(?:neg|lnot|not|neq?|leq?|geq?|lt|gt)(?![A-Za-z])|[<>≠≤≥¬])")
+_BASE = re.compile(r"\d_\{?\d")
+_OPENING = r"[\s$*({\[\\]*(?:boxed\{)?\s*\Z"
+_DENIED = re.compile(rf"(?:\bnot|n't|\bnever|≠)(?:\s+equal(?:\s+to)?|\s+be)?{_OPENING}", re.IGNORECASE)
+_EITHER = re.compile(r"(?<![\d/.])(-?\d[\d,]*(?:\.\d+)?) or (-?\d[\d,]*(?:\.\d+)?)(?![\d/%\\])")
+_DISOWNED = re.compile(r"[\s$*)}\]\\]*(?:is|was)\s+(?:wrong|incorrect|false|not)\b", re.IGNORECASE)
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 
 @right_at(1.0)
 def math_equivalence(prompts: list | None, completions: Completions, answer: list[str], **_) -> list[float]:
-    r"""Gives 1.0 if the last expression of the completion equals the gold one, else 0.0.
+    r"""Gives 1.0 if the answer of the completion equals the gold one, else 0.0.
 
     `answer` is an expression (LaTeX or plain), or a solution that ends with `#### expression`. A completion without
     a readable expression scores 0.0; an unreadable gold raises ValueError.
@@ -42,32 +78,109 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
     >>> math_equivalence(None, [r"so $\frac{1}{2}$", "so 2"], answer=["0.5", "0.5"])
     [1.0, 0.0]
     """
-    scores = []
-    for text, gold in zip(completions, answer, strict=True):
-        is_equal = verify(_gold(gold), parse(text_of(text), parsing_timeout=None), timeout_seconds=None)
-        scores.append(float(is_equal))
-    return scores
+    pairs = zip(completions, answer, strict=True)
+    return [float(_is_equal(_gold(gold), readable(text_of(text)))) for text, gold in pairs]
+
+
+def _is_equal(gold: list, text: str) -> bool:
+    answer = _answer(text)
+    if not answer or _is_another_statement(answer, gold) or _is_denied(str(answer[-1]), text):
+        return False
+    return verify(gold, answer, float_rounding=_places(gold[0]), timeout_seconds=None)
 
 
 @functools.lru_cache(maxsize=4096)
 def _gold(answer: str | int | float) -> list:
-    expression = _in_latex(str(answer).rpartition("####")[2].strip())
-    forms = [f"${expression}$", expression]
-    if _AS_IT_IS.fullmatch(expression) or any(mark in expression for mark in _DELIMITERS):
-        forms.reverse()
-    parsed = next(filter(None, (parse(form, parsing_timeout=None) for form in forms)), None)
+    expression = readable(str(answer)).rpartition("####")[2].strip()
+    parsed = _parsed(expression)
     if not parsed:
         raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed
 
 
-def _in_latex(expression: str) -> str:
-    """A gold without delimiters, with its currency left out and its words in LaTeX."""
-    if any(mark in expression for mark in _DELIMITERS[1:]) or expression.count("$") > 1:
-        return expression
-    expression = expression.replace("$", "")
-    if mixed := _MIXED.fullmatch(expression):
-        sign, whole, above, below = mixed.groups()
-        return rf"{sign}({whole}+\frac{{{above}}}{{{below}}})"
-    expression = re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", expression)
-    return re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", expression)
+def _answer(text: str) -> list:
+    """The answer of a completion as math-verify gives it: what it parsed, and last the text of it."""
+    start = text.rfind("<answer>")
+    if start >= 0:
+        text = text[start + len("<answer>") :].partition("</answer>")[0]
+    for part in _named_answers(text):
+        if _is_expression(part) and not is_words(part):
+            return _parsed_answer(part)
+    whole = _trimmed(text)
+    return _parsed_answer(whole) if _is_expression(whole) else parse(text, parsing_timeout=None)
+
+
+def _named_answers(text: str) -> Iterator[str]:
+    _, mark, marked = text.rpartition("####")
+    if mark:
+        yield _trimmed(marked)
+    if line := _ANSWER_LINE.fullmatch(text.strip().rpartition("\n")[2]):
+        yield _trimmed(line[1])
+
+
+def _trimmed(text: str) -> str:
+    return text.strip("* \t\r\n").rstrip(".").strip("* \t\r\n")
+
+
+def _is_expression(text: str) -> bool:
+    """Whether the text is an expression without delimiters: short, on one line, and without words, or only words."""
+    if not text or len(text) > LONGEST or "\n" in text or any(mark in text for mark in _DELIMITERS):
+        return False
+    if _ENDLESS.search(text):
+        return False
+    return is_words(text) or not _WORD.search(_COMMAND.sub(" ", text))
+
+
+def _parsed_answer(expression: str) -> list:
+    """`1,22` may be a list, or a number with a decimal comma. `1,222` is a number."""
+    if _UNFINISHED.search(expression):
+        return []
+    parsed = _parsed(expression)
+    if _DECIMAL_COMMA.fullmatch(expression) and not _AS_IT_IS.fullmatch(expression):
+        parsed = parsed + _parsed(expression.replace(",", "."))
+    return parsed
+
+
+def _parsed(expression: str) -> list:
+    """An expression with or without delimiters, read whole."""
+    delimited = any(mark in expression for mark in _DELIMITERS[1:]) or expression.count("$") > 1
+    latex = expression if delimited else in_latex(expression)
+    forms = [f"${latex}$", latex]
+    if delimited or _AS_IT_IS.fullmatch(latex):
+        forms.reverse()
+    return next(filter(None, (parse(form, parsing_timeout=None) for form in forms)), [])
+
+
+def _is_another_statement(answer: list, gold: list) -> bool:
+    """Whether the answer is a false equation, or a bound or a number in another base where the gold one is none."""
+    expression, source, gold_source = answer[0], str(answer[-1]), str(gold[-1])
+    if isinstance(expression, Eq | And) and not expression.free_symbols and expression != gold[0]:
+        return not all(map(_holds, expression.args if isinstance(expression, And) else [expression]))
+    return any(kind.search(source) and not kind.search(gold_source) for kind in (_BASE, _BOUND_FIRST))
+
+
+def _holds(equation: Any) -> bool:
+    try:
+        return math.isclose(float(equation.lhs), float(equation.rhs))
+    except (TypeError, OverflowError):  # complex, or beyond a float
+        return True
+
+
+def _is_denied(source: str, text: str) -> bool:
+    """Whether the text says right before or behind the last `source` that it is not the answer, or that another number
+    may be."""
+    start = text.rfind(source)
+    if start < 0:
+        return False
+    first, end = max(start - 40, 0), start + len(source)
+    for one, other in _EITHER.findall(text[first : end + 40]):
+        if one != other and source in (one, other):
+            return True
+    return bool(_DENIED.search(text[first:start]) or _DISOWNED.match(text, end))
+
+
+def _places(gold: Any) -> int:
+    """Digits after the point to compare to: 6, and more for a number below 0.1, of which 6 would leave too little."""
+    if not isinstance(gold, Number) or not gold.is_finite or not 0 < abs(gold) < 0.1:
+        return 6
+    return 5 - math.floor(math.log10(max(float(abs(gold)), 1e-300)))

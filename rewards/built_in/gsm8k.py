@@ -9,11 +9,13 @@ r"""GSM8K correctness: the final number of a completion is compared with the gol
 | `#### 42.0`, `#### 42.`       | 42     | 42       | equal numbers are equal; a full stop is no decimal       |
 | `#### 5%`                     | 5      | 5        | GSM8K asks for percents as plain numbers                 |
 | `#### −5` (U+2212), `#### –5` | -5     | -5       | typographic minus signs are minus signs                  |
-| `#### ４２`                   | 42     | 42       | full-width digits (East Asian text) are digits           |
+| `#### ４２`, `#### １，２３４` | 42, 1234 | 42, 1234 | full-width characters (East Asian text) are as others  |
 | `#### 7 ... #### 42`          | 42     | 42       | the last one is the answer: one guess counts, never two  |
-| `#### 42 ... #### Notes`      | 42     | 42       | a `####` without a number is a heading                   |
+| `#### 42 ... #### Notes`      | 42     | 42       | a `####` without a digit is a heading                    |
+| `#### 42 ... #### x = 43`     | none   | 43       | one with a digit is a second guess that cannot be read   |
 | `#### 1,23`, `#### 1.2.3`     | none   | the number before | not a number                                    |
 | `#### 84/2`, `#### 6*7=42`    | none   | 2, 42    | an expression is not yet an answer                       |
+| `#### 5**2`, `#### 5!`        | none   | 2, 5     | nor are a power and a factorial                          |
 | `#### 1 234`, `#### 1'234`    | none   | 234      | never 1, which is not the number written                 |
 | `#### 7½`, `#### 7²`          | none   | 7        | nor 7                                                    |
 | `#### The answer is 42`       | none   | 42       | strict: the number follows the marker, on its line       |
@@ -37,7 +39,7 @@ from rewards.protocol import Completions, right_at, text_of
 
 Mode = Literal["strict", "flexible", "boxed"]
 
-_PLAIN = str.maketrans("\u2212\u2012\u2013\ufe63\uff0d０１２３４５６７８９", "-----0123456789")
+_PLAIN = str.maketrans("\u2212\u2012\u2013\ufe63\uff0d０１２３４５６７８９，．＋％＄", "-----0123456789,.+%$")
 # A sign counts only where a number can start: `10-5` ends with 5, not with -5.
 _NUMBER = (
     r"(?P<sign>(?<![\w)])[-+])?(?:\\?[$€£](?P<inner_sign>[-+])?)?"
@@ -46,10 +48,13 @@ _NUMBER = (
 NUMBER = re.compile(_NUMBER)
 _BLANKS = r"[^\S\r\n]*+"
 MARKED = re.compile(rf"####{_BLANKS}\*{{0,2}}" + _NUMBER)
+_LAST_MARK = re.compile(r"####(?!#)(?:(?!####)[^\r\n])*[0-9](?:(?!####)[^\r\n])*")  # with a digit on its line
 _LM_EVAL = re.compile(r"#### (-?[0-9.,]+)")
 _WELL_FORMED = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++")
 _CONTINUED = re.compile(
     rf"{_BLANKS}(?:[-—+*/⁄∕^=×xX÷·⋅:'’_]?{_BLANKS}\{{?\\?[$€£]?\d|[²³¹¼-¾⁰-₉⅐-⅞])"
+    r"|!(?!\w)|\*\*\d"
+    rf"|[^\S\r\n]++\*\*{_BLANKS}\d"
     rf"|{_BLANKS}\\(?:times|cdot|div|[dt]?frac|sqrt|pi)(?![a-zA-Z])|[eE][-+]?\d"
 )
 
@@ -62,7 +67,8 @@ def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
     """
     text = text.translate(_PLAIN)
     if mode == "strict":
-        return _single(text, _last(MARKED, text))
+        mark = _last(_LAST_MARK, text)
+        return _single(text, MARKED.match(text, mark.start()) if mark else None)
     if mode == "flexible":
         values = map(_value, reversed(list(NUMBER.finditer(text))))
         return next((value for value in values if value is not None), None)
@@ -83,7 +89,7 @@ def _gold_answer(text: str) -> Decimal:
     if "####" in text:
         gold = extract_answer(text, "strict")
     else:
-        bare = NUMBER.fullmatch(text.removesuffix("%"))
+        bare = NUMBER.fullmatch(text.removesuffix("%").removesuffix("\\"))
         gold = _value(bare) if bare else None
     if gold is None:
         raise ValueError(

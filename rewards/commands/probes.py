@@ -27,7 +27,10 @@ KINDS: dict[str, Kind] = {
     "hostile": Kind("less", "hostile text"),
     "padded": Kind("same", "gold between blank lines"),
     "followed": Kind("same", "gold, closing sentence"),
+    "decimal": Kind("same", "gold, 42.0 for 42"),
+    "grouped": Kind("same", "gold, 1,000 for 1000"),
     "hedged": Kind("odd", "gold, then a wrong one"),
+    "denied": Kind("odd", "it is not the answer"),
     "echo": Kind("odd", "the question"),
 }
 
@@ -41,6 +44,7 @@ HOSTILE = [
 
 _DIGIT = re.compile(r"[0-9]")
 _NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
+_WHOLE = re.compile(r"(?<![\w^_/:.,])-?[0-9]+(?:,[0-9]{3})*(?![\w^_/:,]|\.[0-9])")
 _MARK = re.compile(r"####|\\boxed\{|<answer>|answer(?: is|:)", re.IGNORECASE)  # the answer follows the last mark
 SHORT = 5  # words of a solution that is an answer as a whole
 
@@ -60,6 +64,7 @@ def probes(examples: Sequence[Example]) -> list[list[Probe]]:
     for i, example in enumerate(examples):
         gold = example.solution
         wrong, other = misprint(gold), _another(examples, i)
+        number = _whole_number(gold)
         texts = {
             "gold": gold,
             "empty": "",
@@ -69,7 +74,10 @@ def probes(examples: Sequence[Example]) -> list[list[Probe]]:
             "hostile": HOSTILE[i] if i < len(HOSTILE) else None,
             "padded": f"\n\n{gold}\n\n",
             "followed": f"{gold}\nI hope this helps!",
+            "decimal": _with_number(gold, number, f"{number[0]}.0") if number else None,
+            "grouped": _with_number(gold, number, f"{_value(number):,}") if number and _is_plain(number) else None,
             "hedged": f"{gold}\n{wrong or other}" if wrong or other else None,
+            "denied": f"It is not {number[0]}." if number else None,
             "echo": example.question,
         }
         rows.append([Probe(kind, text) for kind, text in texts.items() if text is not None])
@@ -88,6 +96,26 @@ def misprint(solution: str) -> str | None:
         return None
     start, end = digits[-1].span()
     return f"{solution[:start]}{(int(digits[-1][0]) + 1) % 10}{solution[end:]}"
+
+
+def _whole_number(solution: str) -> re.Match[str] | None:
+    """Returns the whole number that is the answer; None if the answer has other numbers or none."""
+    first = len(solution) - len(_answer_part(solution))
+    numbers = _NUMBER.findall(solution, first)
+    return _WHOLE.search(solution, first) if len(numbers) == 1 else None
+
+
+def _with_number(solution: str, number: re.Match[str], other: str) -> str:
+    return solution[: number.start()] + other + solution[number.end() :]
+
+
+def _value(number: re.Match[str]) -> int:
+    return int(number[0].replace(",", ""))
+
+
+def _is_plain(number: re.Match[str]) -> bool:
+    """Whether the number has thousands, and no commas between them."""
+    return abs(_value(number)) >= 1000 and "," not in number[0]
 
 
 def _answer_part(solution: str) -> str:

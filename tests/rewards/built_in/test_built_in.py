@@ -11,6 +11,7 @@ from local_server import serving
 from rewards import RewardSpec, Scorer
 from rewards.built_in.format import gsm8k_format, regex_format, tag_format
 from rewards.built_in.length import length_penalty, repetition_penalty, soft_overlong_punishment
+from rewards.built_in.notation import in_latex, readable
 from rewards.built_in.remote import remote
 
 TAGS = {
@@ -119,6 +120,79 @@ def test_a_gold_without_delimiters_is_read_whole():
 
     for gold, right, wrong in GOLDS:
         assert math_equivalence(None, [right, wrong], answer=[gold] * 2) == [1.0, 0.0], gold
+
+
+FORMS = [  # a completion, and a gold answer that it equals
+    *[("+42", "42"), ("1e3", "1000"), ("2.5e-3", "0.0025"), ("1.5×10^3", "1500"), (r"1.5\times10^{-3}", "0.0015")],
+    *[("\u22125", "-5"), ("so $\u22125$", "-5"), ("４２", "42"), ("１，０００", "1000"), ("－５", "-5")],
+    *[("1,000", "1000"), ("1000.0", "1000"), ("1 000", "1000"), (r"1{,}000", "1000"), (r"1\,000", "1000")],
+    *[("1.000.000", "1000000"), ("50%", "50"), (r"50\%", "0.5"), ("$50", "50"), (r"\$50", "50"), ("50 km/h", "50")],
+    *[(r"\dfrac{1}{2}", "0.5"), (r"\frac34", "3/4"), ("3 3/4", "15/4"), ("½", "0.5"), ("7½", "7.5"), ("-3/4", "-0.75")],
+    *[("(1, 2)", "(1,2)"), ("[0, 1)", "[0,1)"), ("(\u2212∞, 3]", r"(-\infty, 3]"), ("(0.5, 1)", r"(\frac12, 1)")],
+    *[("{2, 1}", r"\{1,2\}"), ("1, 2, 3", "3, 2, 1"), ("1/3, 1/2", r"\frac{1}{2}, \frac{1}{3}")],
+    *[("x^{2}+1", "1+x^2"), ("x²", "x^2"), ("2√3", r"2\sqrt{3}"), ("π/2", r"\frac{\pi}{2}"), ("ln(2)", r"\ln 2")],
+    *[("1" + 400 * "0", "1" + 400 * "0"), ("0.00012", r"1.2\times 10^{-4}")],
+    *[("The answer is **42**.", "42"), ("Answer: (3, 4)", "(3,4)"), ("#### (3, 4)", "(3,4)"), ("(A)", "A")],
+    *[("<answer>3/4</answer> as I said 5", "0.75"), ("no solution", "no solution"), (r"\text{odd}", "odd")],
+]
+EXPLOITS = [  # a completion that names the gold answer, or a part of it, and another gold answer
+    *[
+        ("it is not 42", "42"),
+        ("The answer is not 42.", "42"),
+        ("The answer isn't $42$", "42"),
+        ("$42$ is wrong", "42"),
+    ],
+    *[(r"\neq 42", "42"), ("$41=42$", "42"), (r"\boxed{42=43}", "42"), (r"$\leq 3$", "3"), ("x > 3", "3")],
+    *[("42 or 43", "42"), (r"\boxed{42}, \boxed{43}", "42"), (r"$\pm 42$", "42"), ("42, 43", "42"), ("42_5", "42")],
+    *[("$1 1/2$", "1"), (r"$1 - \frac{1}{\mathrm{e}}$", "1"), ("1.000.000", "1"), ("1,000", "1"), ("5-", "5")],
+    *[("1e-7", "2e-7"), ("$0.0000001$", "0.0000002"), ("(1,2)", "(2,1)"), ("[1,2)", "(1,2]"), ("6xyz", "6")],
+    *[("the answer: 42 or 43", "42"), ("42 or 43", "43"), ("$40=41=42$", "42"), ("42~43", "42"), ("42\u201343", "42")],
+    *[
+        ("99999999!", "42"),
+        ("5!!!!", "42"),
+        ("2^{9999999999}", "42"),
+        ("east", "seat"),
+        ("odd", "dod"),
+        ("A or B", "A"),
+        ("12345678901234567890", "12345678901234567891"),
+    ],
+]
+
+
+def test_math_equivalence_reads_the_forms_of_an_answer_and_pays_for_no_answer_that_is_only_named():
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    completions, golds = zip(*FORMS, *EXPLOITS, strict=True)
+    scores = math_equivalence(None, list(completions), answer=list(golds))
+    assert [form for form, score in zip(FORMS, scores, strict=False) if score != 1.0] == []
+    assert [exploit for exploit, score in zip(EXPLOITS, scores[len(FORMS) :], strict=True) if score] == []
+
+
+HOSTILE = [
+    "####",
+    r"\boxed{",
+    "1,",
+    "1.",
+    "1e5",
+    "1 1/2 ",
+    "answer 1 ",
+    "is +1",
+    "√(",
+    r"\text{",
+    "１",
+    "1\\,000",
+    "not ",
+    "$1$ ",
+]
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_a_hundred_thousand_characters_are_rewritten_in_bounded_time(unit):
+    text = (unit * 100_000)[:100_000]
+    started = time.process_time()
+    in_latex(readable(text))
+    assert time.process_time() - started < 2.0  # quadratic time would take minutes
 
 
 def test_math_equivalence_runs_no_text_as_code(tmp_path):

@@ -1,5 +1,7 @@
 """The code reward: gold passes, mutants fail, tricks do not pay, and the sandbox holds."""
 
+import time
+
 import pytest
 
 from rewards import RewardError, RewardSpec, Scorer
@@ -48,6 +50,59 @@ def test_the_program_is_the_last_block():
     prints = "print('ready', end='')\ndef double(x):\n    print(x, end=' ')\n    return 2 * x"  # no line break
     found, _ = marks(["Like this:\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles.", prints])
     assert found == [1.0, 1.0]
+
+
+FENCES = {  # as models write them: each holds `def double(x): return 2 * x`
+    "info string": '```python title="double.py"\n{}\n```',
+    "attributes": "```{{.python .numberLines}}\n{}\n```",
+    "a version": "```Python3\n{}\n```\n",
+    "a file": "```python:double.py\n{}\n```",
+    "tildes": "~~~python\n{}\n~~~\nDone.",
+    "four marks": "````python\n{}\n````",
+    "behind text": "The code: ```python\n{}\n```",
+    "closed behind code": "```python\n{}```",
+    "blanks behind": "``` python  \n{}\n```  \n",
+    "Windows": "```python\r\n{}\r\n```\r\nDone.",
+    "in a list": "1. It is:\n\n   ~~~ py\n   {}\n   ~~~\n",
+    "not closed": "~~~python\n{}",
+    "text and output behind": "```python\n{}\n```\nIt prints:\n```text\n4\n```\nI hope this helps!",
+    "an example behind": "```python\n{}\n```\nUse it:\n```python\nprint(double(4))\n```",
+    "pip before": "~~~bash\npip install x\n~~~\n~~~python\n{}\n~~~",
+    "never closed before": "```python\ndef double(x):\n```python\n{}\n```",
+}
+GUARDS = [
+    "if __name__ == '__main__':\n    print(double(int(input())))",
+    "import sys\nif __name__ == '__main__':\n    sys.exit(double(0))",
+    "if __name__ == '__main__':\n    while True: pass",
+]
+DATACLASS = """from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Number:
+    value: int
+"""
+
+
+def test_a_program_is_found_in_the_fences_that_models_write():
+    program = "def double(x): return 2 * x"
+    completions = [fence.format(program) for fence in FENCES.values()]
+    found, results = marks(completions)
+    assert [name for name, mark in zip(FENCES, found, strict=True) if mark != 1.0] == [], results
+    assert program_of("```python\nx = '~~~'\n~~~\n```") == "x = '~~~'\n~~~\n"
+    assert program_of("```pycon\n>>> 1\n```\n```\na\n```") == "a\n"
+
+
+def test_a_main_guard_does_not_keep_the_tests_from_running():
+    program = "def double(x): return 2 * x\n"
+    found, results = marks([program + guard for guard in GUARDS] + [DATACLASS + program])
+    assert found == [1.0] * (len(GUARDS) + 1), results
+
+
+@pytest.mark.parametrize("unit", ["```", "~~~\n", "```python\n", "`", "def a\n", "a = ", "``` ` "])
+def test_fences_are_read_in_bounded_time(unit):
+    started = time.process_time()
+    program_of((unit * 100_000)[:100_000], ["a"])
+    assert time.process_time() - started < 2.0  # quadratic time would take minutes
 
 
 TRICKS = {

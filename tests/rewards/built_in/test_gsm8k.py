@@ -48,6 +48,16 @@ GOLDEN = [  # text, strict, flexible, boxed
     ("#### 42 (3 dozen and 6)", 42, 6, None),
     ("#### 42's the answer", 42, 42, None),
     ("#### **42**", 42, 42, None),
+    ("#### \uff11\uff0c\uff12\uff13\uff14", 1234, 1234, None),
+    ("#### \uff12\uff0e\uff15", Decimal("2.5"), Decimal("2.5"), None),
+    ("#### \uff04\uff0b5\uff05", 5, 5, None),
+    ("#### 5**2", None, 2, None),
+    ("#### 5 ** 2", None, 2, None),
+    ("#### 5!", None, 5, None),
+    ("#### **42**!", 42, 42, None),
+    ("#### 42\n#### x = 43", None, 43, None),  # a second guess, which cannot be read
+    ("#### 42\n#### 1,23", None, 42, None),
+    ("#### 42\n#### forty-three", 42, 42, None),
     ("#### 7\nWait.\n#### 42", 42, 42, None),
     ("#### 42\n#### 42", 42, 42, None),
     ("#### 42\n\n#### Notes", 42, 42, None),
@@ -97,7 +107,21 @@ def test_a_malformed_gold_raises_and_is_no_zero(gold):
         gsm8k(None, ["#### 42"], answer=[gold])
 
 
-@pytest.mark.parametrize("gold", ["... #### 1,234", "1,234", "$1234", 1234, 1234.0, "1234.00", " 1234 ", "\uff11234"])
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "... #### 1,234",
+        "1,234",
+        "\uff11\uff0c\uff12\uff13\uff14",
+        r"1,234\%",
+        "$1234",
+        1234,
+        1234.0,
+        "1234.00",
+        " 1234 ",
+        "\uff11234",
+    ],
+)
 def test_forms_of_a_gold_number(gold):
     assert gold_answer(gold) == 1234
 

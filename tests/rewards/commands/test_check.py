@@ -123,8 +123,14 @@ def test_the_example_of_the_issue_passes_and_gold_means_its_own_max_score():
     assert found.problems == []
     assert kinds(found) == dict.fromkeys(KINDS, 0) | {"gold": 12, "padded": 12}
     assert found.differing == {"scored again": 0, "in this process": 0, "among other completions": 0, "alone": 0}
-    assert found.notes == ["gold, closing sentence: 12 of 12 score not as it does"]
-    assert {(s.kind, s.score, s.expected, s.fault) for s in found.surprises} == {("followed", 0.5, "as gold", False)}
+    assert found.notes == [
+        "gold, closing sentence: 12 of 12 score not as it does",
+        "gold, 42.0 for 42: 12 of 12 score not as it does",  # it compares texts
+    ]
+    assert {(s.kind, s.score, s.expected, s.fault) for s in found.surprises} == {
+        ("followed", 0.5, "as gold", False),
+        ("decimal", 0.5, "as gold", False),
+    }
     assert found.latency_ms["p50"] <= found.latency_ms["p95"] <= found.latency_ms["p99"] <= found.latency_ms["max"]
     assert found.completions_per_second > 0
     assert len(found.sha256) == 64
@@ -199,7 +205,7 @@ def test_everything_that_a_function_may_ask_for_is_there(file, tmp_path):
 
 
 def test_abstentions_and_slowness_are_said(file):
-    assert "118 completions got no score: the function abstained" in check(f"{file}:abstains").notes
+    assert "142 completions got no score: the function abstained" in check(f"{file}:abstains").notes
     slow = check(f"{file}:slow", **{"data.limit": 2, "reward.timeout_s": 1.2}, shaping=True)
     assert any("a batch of 256 completions takes about" in note for note in slow.notes)
 
@@ -305,6 +311,50 @@ def test_a_column_of_another_name_is_taken_by_a_function_of_two_lines(tmp_path, 
     assert "Wrap it in a function of two lines" in capsys.readouterr().err
 
 
+LAST_NUMBER = """
+import re
+
+def last_number(completions, answer, **_):
+    golds = [gold.rpartition("####")[2].replace(",", "") for gold in answer]
+    found = [re.findall(r"-?[0-9.]*[0-9]", text.replace(",", ""))[-1:] for text in completions]
+    return [float(bool(number) and float(number[0]) == float(gold)) for number, gold in zip(found, golds)]
+
+def same_text(completions, answer, **_):
+    texts = [text.replace("I hope this helps!", "").rpartition("####")[2].strip() for text in completions]
+    return [float(text == gold.rpartition("####")[2].strip()) for text, gold in zip(texts, answer)]
+"""
+
+
+def test_a_grader_of_the_last_number_and_one_that_refuses_equal_forms_are_named(tmp_path):
+    (tmp_path / "graders.py").write_text(LAST_NUMBER)
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in (41, 999, 12_344)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data.name": str(tmp_path / "rows.jsonl")}
+    found = check(f"{tmp_path}/graders.py:last_number", **data)
+    assert "it is not the answer: 3 of 3 get full marks" in found.notes
+    assert {s.completion for s in found.surprises if s.kind == "denied"} >= {"It is not 42."}
+    found = check(f"{tmp_path}/graders.py:same_text", **data)
+    assert "gold, 42.0 for 42: 3 of 3 score not as it does" in found.notes
+    assert "gold, 1,000 for 1000: 2 of 2 score not as it does" in found.notes
+    assert not any("it is not the answer" in note for note in found.notes)
+    good = check("gsm8k", **data)
+    assert (good.problems, good.surprises) == ([], [])
+    assert {kind: full for kind, full in kinds(good).items() if full} == {
+        **{"gold": 3, "padded": 3, "followed": 3},
+        **{"decimal": 3, "grouped": 2},
+    }
+
+
+def test_other_forms_are_made_of_an_answer_that_is_one_whole_number():
+    golds = ["#### 1,234", "#### 0.5", "#### 3/4", "#### (1, 2)", "#### x^2", "-1000", "Room 7b", "It was in 1969"]
+    rows = [dict(row) for row in probes([Example(str(i), "?", gold) for i, gold in enumerate(golds)])]
+    forms = [[row.get(kind) for kind in ("decimal", "grouped", "denied")] for row in rows]
+    assert forms[0] == ["#### 1,234.0", None, "It is not 1,234."]
+    assert forms[5] == ["-1000.0", "-1,000", "It is not -1000."]
+    assert forms[7] == ["It was in 1969.0", "It was in 1,969", "It is not 1969."]
+    assert [forms[i] for i in (1, 2, 3, 4, 6)] == [[None, None, None]] * 5
+
+
 def test_probes():
     assert doctest.testmod(reward_probes).failed == 0
     examples = [Example(str(i), f"q{i}", text) for i, text in enumerate(["yes", "#### 19", "no", "Yes "])]
@@ -316,7 +366,7 @@ def test_probes():
     assert [row["hostile"] for row in texts] == HOSTILE[:4]
     assert all(19_990 < len(text) <= 20_000 for text in HOSTILE)
     assert "other" not in dict(probes(examples[:1])[0])
-    assert {kind for row in texts for kind in row} == set(KINDS)
+    assert {kind for row in texts for kind in row} == set(KINDS) - {"grouped"}  # no answer has thousands
 
 
 @pytest.mark.parametrize(

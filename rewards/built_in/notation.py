@@ -1,0 +1,94 @@
+r"""Writes the numbers and signs of an answer in one way, as a grammar of LaTeX reads them.
+
+`readable` is for a whole completion: it rewrites what means the same in prose, in plain expressions and in LaTeX.
+`in_latex` is for an expression without delimiters: it also rewrites symbols, function names, words and currencies.
+Both take time linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+# The full-width characters of ASCII (East Asian text), minus signs, and fractions of one character.
+_CHARACTERS: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_CHARACTERS |= dict.fromkeys((0x2212, 0x2012, 0x2013, 0xFE63), "-")
+_CHARACTERS |= {ord("½"): " 1/2", ord("⅓"): " 1/3", ord("⅔"): " 2/3", ord("¼"): " 1/4", ord("¾"): " 3/4"}
+
+_REWRITES = [
+    (re.compile(r"\{,\}"), ","),  # 1{,}000
+    (re.compile(r"\\!\s?"), ""),  # 11,\! 111
+    (re.compile(r"\\\$(?=\s?[-+]?[\d.])"), ""),  # \$5
+    (re.compile(r"\\(?:mathrm|mathit|rm)\{([A-Za-z])\}"), r"\1"),  # the grammar ends at \mathrm{e}
+    (re.compile(r"(^|[=:({,$] ?|\bis )\+(?=[\d.])", re.MULTILINE), r"\1"),  # is +42
+    (re.compile(r"(?<![\w.\\}/^])(\d+) {1,2}(\d+)/(\d+)(?![\w/])"), r"(\1+\2/\3)"),  # 3 1/2
+]
+_DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[A-Za-z])")
+# Thousands in groups: 1\,000, and 1.000.000 if there are two points or more.
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\,\d{3})+|(?:\.\d{3}){2,})(?![\d.])")
+_POWER_OF_TEN = (
+    r"(?:[eE](?P<e>[-+]?\d{1,2})(?!\.?\w)"
+    r"|\s*(?:\\times|\\cdot|[×*])\s*10\^(?:\{(?P<braced>-?\d{1,2})\}|(?P<digit>\d)(?!\w)))"
+)
+_SCIENTIFIC = re.compile(rf"(?<![\w.\\/^])(?P<digits>\d{{1,20}}(?:\.\d{{1,20}})?){_POWER_OF_TEN}")
+
+_SYMBOLS: dict[str, str | int | None] = {
+    "π": r"\pi ",
+    "∞": r"\infty ",
+    "∅": r"\emptyset ",
+    "°": r"^{\circ}",
+    "²": "^2",
+    "³": "^3",
+}
+_SYMBOLS |= {"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq "}
+_SYMBOLS |= {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "$": ""}
+_LATEX = [
+    (re.compile(r"\\text\{(\s*[-\d][^{}]*)\}"), r"\1"),  # \text{5 feet}
+    (re.compile(r"(\\sqrt\[\w{1,9}\])\s*(\w)"), r"\1{\2}"),  # \sqrt[3]8
+    (re.compile(r"(?:(?<![\\A-Za-z])sqrt|√)\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"√(\d+|[a-z])"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|ln|log|exp)(?=[ (])"), r"\\\1"),
+    (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
+]
+
+
+def readable(text: str) -> str:
+    r"""The text with its numbers and signs as both prose and LaTeX have them.
+
+    >>> readable("is +42, −５, 1e3, 11,\\! 111 or 3½")
+    'is 42, -5, 1000, 11,111 or (3+1/2)'
+    """
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    if r"\begin" not in text:  # where \\ ends a row of a matrix
+        text = _DOUBLED_BACKSLASH.sub(r"\\", text)
+    text = _GROUPED.sub(_digits, text)
+    return _SCIENTIFIC.sub(_written_out, text)
+
+
+def in_latex(expression: str) -> str:
+    r"""An expression without delimiters in LaTeX, without its currency.
+
+    >>> in_latex("2√3"), in_latex("even"), in_latex("$5")
+    ('2\\sqrt{3}', '\\text{even}', '5')
+    """
+    expression = expression.translate(str.maketrans(_SYMBOLS))
+    if is_words(expression) and len(expression) > 2:  # xy is a product
+        return rf"\text{{{expression}}}"
+    for pattern, replacement in _LATEX:
+        expression = pattern.sub(replacement, expression)
+    return expression.strip()
+
+
+def is_words(text: str) -> bool:
+    return text.replace(" ", "").isalpha()
+
+
+def _digits(match: re.Match[str]) -> str:
+    return "".join(filter(str.isdigit, match[0]))
+
+
+def _written_out(match: re.Match[str]) -> str:
+    exponent = match["e"] or match["braced"] or match["digit"]
+    return f"{Decimal(match['digits'] + 'e' + exponent):f}"
