@@ -47,7 +47,7 @@ def test_what_is_settled_before_the_first_update(given, differs, age, correction
     assert work.fixed["policy"].scale == 1
 
 
-def test_what_is_settled_before_the_first_update():
+def test_what_an_update_settles():
     """Three of six tokens are read; the entropy of a mini-batch for company does not count."""
     entropies = [torch.tensor([[1.0, 9.0], [2.0, 9.0]]), torch.full((1, 2), 100.0)]
     masks = [torch.tensor([[True, False], [True, False]]), torch.ones(1, 2, dtype=torch.bool)]
