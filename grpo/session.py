@@ -146,6 +146,8 @@ class Session:
         self._sync_refused()
         drawn = self.batches.take_batch(int(step))
         self.run.metrics |= drawn.metrics
+        if self.run.in_progress is not None:
+            self._measure_batches(self.run.in_progress)  # what it has learned from already
         self._count_sampled(drawn.all_groups)
         self.batches.go_on(int(step))
         return drawn
@@ -364,17 +366,22 @@ class Session:
         drawn = batch.drawn
         if drawn is None or not drawn.groups:
             return
-        measured = [each.by_run and each.step == step for each in step.batches]  # by `draw`, in this step
-        if not all(measured):
-            every = [each.drawn for each in step.batches if each.drawn is not None]
-            groups = list(chain.from_iterable(each.all_groups for each in every))
-            step.metrics |= rollout_metrics(groups, list(chain.from_iterable(each.all_scores for each in every)))
+        self._measure_batches(step)
         if drawn.scores:
             step.kept = False
             self._keep_rollouts(step, learned=False)
             self.run.log.show_rollouts(int(step), drawn.groups, drawn.scores, batch.advantages)
             for callback in self.collector.callbacks if self.ranks.first else ():
                 step.metrics |= callback.on_update_begin(int(step), drawn, batch)
+
+    def _measure_batches(self, step: Step) -> None:
+        """Rewards and lengths of all that the step learns from, unless `draw` has measured that in this step."""
+        if all(batch.by_run and batch.step == step for batch in step.batches):
+            return
+        every = [batch.drawn for batch in step.batches if batch.drawn is not None]
+        groups = list(chain.from_iterable(drawn.all_groups for drawn in every))
+        scores = list(chain.from_iterable(drawn.all_scores for drawn in every))
+        step.metrics |= rollout_metrics(groups, scores)
 
     def optim_step(
         self,

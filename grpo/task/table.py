@@ -173,8 +173,10 @@ def _reads_no_ratio(options: object) -> str:
 
 
 def _no_value_head(options: object) -> str:
+    """Asked of commands that have options of a value head."""
     advantage = option(options, "loss.advantage")
-    return "" if advantage in (None, "gae", "rank_softmax") else f"loss.advantage={advantage}, which has no value head"
+    has_none = option(options, "value") is not None and advantage not in (None, "gae", "rank_softmax")
+    return f"loss.advantage={advantage}, which has no value head" if has_none else ""
 
 
 def _device_that(holds: Callable[[torch.device], bool]) -> Form:

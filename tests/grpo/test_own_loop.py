@@ -247,6 +247,18 @@ def test_groups_without_scores_have_no_rewards_and_what_was_sampled_is_counted(m
     assert second["speed/completion_tokens_per_second"] > 0
 
 
+def test_what_is_drawn_later_and_not_learned_from_is_not_in_the_rewards_of_a_step(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path, **SHORT)) as session:
+        for step in session.run.steps():
+            groups = session.sample(session.prompts(step), step=step)
+            session.forward_backward(session.prepare(groups, alternating(groups)))
+            drawn = session.draw(step)
+            session.record(step, session.optim_step())
+            break
+    [line] = lines_of(tmp_path)
+    assert line["reward/mean"] == 0.5 != drawn.metrics["reward/mean"]
+
+
 def test_a_step_is_recorded_once_and_by_its_number(micro_config, tmp_path):
     with Session.open(micro_config(tmp_path, **SHORT)) as session:
         for step in session.run.steps():

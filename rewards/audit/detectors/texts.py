@@ -25,6 +25,7 @@ HOSTILE = re.compile(
 NOTHING = re.compile(r"\\boxed\{\s*\}|####\s*\Z|<answer>\s*</answer>")
 STATED = re.compile(r"\\boxed\{([^{}]*)\}|<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 MARK = "####"  # before an answer, and before a heading
+MOST_OF_A_GROUP = 0.75
 LONG = 40  # characters that two honest completions do not share by chance
 
 
@@ -54,9 +55,10 @@ def groups(rollouts: Rollouts) -> Iterator[Finding]:
 
 
 def _was_compared(group: list[Trace], size: int) -> bool:
-    """Whether the trainer had these rollouts and no others: some leave out failed ones. Their advantages tell."""
+    """Whether a few failed rollouts were left out on purpose: the advantages are those of the others."""
+    is_nearly_whole = MOST_OF_A_GROUP * size <= len(group) < size
     has_advantages = len(group) > 1 and all(is_number(trace.advantage) for trace in group)
-    return has_advantages and len(group) < size and factor_of(group) is not None
+    return is_nearly_whole and has_advantages and factor_of(group) is not None
 
 
 def _mixed_blocks(rollouts: Rollouts, size: int) -> list[list[Trace]]:
