@@ -196,6 +196,10 @@ class RunLog:
         text = "".join(json_line({**head, "draw": draw, **line}) for draw, line in zip(drawn, lines, strict=True))
         write_file(rollout_path(self.output_dir, step), zstandard.compress(text.encode()))
 
+    def remove_rollouts(self, step: int) -> None:
+        """Remove the completions of a step that begins again after its first attempt was undone."""
+        rollout_path(self.output_dir, step).unlink(missing_ok=True)
+
     def show_rollouts(
         self, step: int, groups: Sequence[RolloutGroup], scores: Sequence[GroupScore], advantages: Any
     ) -> None:

@@ -175,6 +175,8 @@ class Run(Generic[Config]):
             step = self.in_progress = Step(self.step + 1)
             self.metrics = step.metrics
             self._before = self._states_before()
+            if not self.inner:
+                self.log.remove_rollouts(int(step))
             yield step
             if self.in_progress is not step:
                 raise RuntimeError(

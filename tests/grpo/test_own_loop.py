@@ -19,6 +19,7 @@ from grpo.steps.callback import Callback
 from review.readers.run_folder import read_metrics
 from rewards.data.examples import Example
 from rewards.group_score import GroupScore
+from rewards.records import rollout_path
 
 QUICK = {"sft.steps": 0, "eval.limit": 2}
 SHORT = QUICK | {"steps": 4, "checkpoint.every": 10}
@@ -257,6 +258,20 @@ def test_what_is_drawn_later_and_not_learned_from_is_not_in_the_rewards_of_a_ste
             break
     [line] = lines_of(tmp_path)
     assert line["reward/mean"] == 0.5 != drawn.metrics["reward/mean"]
+
+
+def test_the_completions_of_an_attempt_that_was_undone_are_not_those_of_the_step(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path, **SHORT)) as session:
+        for step in session.run.steps():
+            groups = session.sample(session.prompts(step), step=step)
+            session.forward_backward(session.prepare(groups, alternating(groups)))
+            assert rollout_path(session.config.output_dir, step).exists()
+            break
+        for step in session.run.steps():
+            assert step == 1
+            session.record(step, {})
+            break
+    assert not rollout_path(session.config.output_dir, 1).exists()
 
 
 def test_a_step_is_recorded_once_and_by_its_number(micro_config, tmp_path):

@@ -448,7 +448,6 @@ class Primitives(RuleBasedStateMachine):
         self.recorded: list[int] = []  # steps that have their line
         self.taken: list[int] = []  # how many problems were taken from the data at a time
         self.learned: dict[str, Any] = {}  # problems that were learned from, by id
-        self.seen: dict[str, Any] = {}  # and those that were evaluated, besides the held-out ones
         self.checkpoints: list[tuple[Path, dict[str, Any], list[int]]] = []  # with what the model was then
         self.enter(None)
         self.naive = Naive(self.session)
@@ -463,6 +462,7 @@ class Primitives(RuleBasedStateMachine):
             self.context = Session.open(self.config, resume=resume)
             self.session = self.context.__enter__()
         self.is_synced = True
+        self.seen: dict[str, Any] = {}  # and those that were evaluated in this session, besides the held-out ones
         self.opened += 1
         self.steps = self.session.run.steps()
 
