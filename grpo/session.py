@@ -375,13 +375,15 @@ class Session:
                 step.metrics |= callback.on_update_begin(int(step), drawn, batch)
 
     def _measure_batches(self, step: Step) -> None:
-        """Rewards and lengths of all that the step learns from, unless `draw` has measured that in this step."""
-        if all(batch.by_run and batch.step == step for batch in step.batches):
-            return
+        """Rewards and lengths of all that the step learns from. Of a single batch the run may have measured more."""
         every = [batch.drawn for batch in step.batches if batch.drawn is not None]
+        if len(every) == 1 and any(batch.by_run for batch in step.batches):
+            step.metrics |= {name: value for name, value in every[0].metrics.items() if not name.startswith("time/")}
+            return
         groups = list(chain.from_iterable(drawn.all_groups for drawn in every))
         scores = list(chain.from_iterable(drawn.all_scores for drawn in every))
-        step.metrics |= rollout_metrics(groups, scores)
+        if groups:
+            step.metrics |= rollout_metrics(groups, scores)
 
     def optim_step(
         self,

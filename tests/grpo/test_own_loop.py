@@ -274,6 +274,19 @@ def test_the_completions_of_an_attempt_that_was_undone_are_not_those_of_the_step
     assert not rollout_path(session.config.output_dir, 1).exists()
 
 
+def test_what_was_drawn_in_an_attempt_that_was_undone_is_measured_where_it_is_learned_from(micro_config, tmp_path):
+    with Session.open(micro_config(tmp_path, **SHORT)) as session:
+        for step in session.run.steps():
+            drawn = session.draw(step)
+            break
+        for step in session.run.steps():
+            session.learn(session.prepare(drawn))
+            session.record(step, {})
+            break
+    [line] = lines_of(tmp_path)
+    assert line["reward/mean"] == drawn.metrics["reward/mean"]
+
+
 def test_a_step_is_recorded_once_and_by_its_number(micro_config, tmp_path):
     with Session.open(micro_config(tmp_path, **SHORT)) as session:
         for step in session.run.steps():
