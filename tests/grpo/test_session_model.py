@@ -521,6 +521,7 @@ class Primitives(RuleBasedStateMachine):
         self.naive.drop()
         return is_whole
 
+    @precondition(lambda self: self.step < STEPS - 1)
     @rule(how=st.sampled_from(["break", "stop", "failure", "finish"]))
     def leave_and_resume(self, how: str) -> None:
         self.leave(how)
