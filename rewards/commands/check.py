@@ -12,7 +12,7 @@ from statistics import StatisticsError, correlation, fmean, quantiles
 from typing import Any
 
 from rewards.commands.options import RewardTestConfig, TriedScoringOptions
-from rewards.commands.probes import KINDS, Probe, probes
+from rewards.commands.probes import BARE, KINDS, Probe, is_bare, probes
 from rewards.data.examples import Example, load_examples
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.protocol import RewardError
@@ -100,7 +100,7 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
     spec = RewardSpec(function, arguments=config.arguments)
     options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": scoring.on_error}
     with Scorer([spec], timeout_s=scoring.timeout_s, pass_variables=scoring.pass_variables, **options) as scorer:
-        trial = Trial(spec, scoring, examples)
+        trial = Trial(spec, scoring, examples, config.template)
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
         max_score = verdicts.max_score if config.max_score is None else config.max_score
         sha256 = scorer.describe()[0]["sha256"]
@@ -135,12 +135,14 @@ class Trial:
     check: RewardCheck
     scores: Scores
 
-    def __init__(self, spec: RewardSpec, scoring: TriedScoringOptions, examples: Sequence[Example]):
+    def __init__(
+        self, spec: RewardSpec, scoring: TriedScoringOptions, examples: Sequence[Example], template: str = BARE
+    ) -> None:
         self.spec, self.scoring, self.examples = spec, scoring, examples
         self.row_of = {example.example_id: i for i, example in enumerate(examples)}
         self.prompts = [f"{example.question}\n" for example in examples]
         self.messages = [e.messages or [{"role": "user", "content": e.question}] for e in examples]
-        self.probes: list[list[Probe]] = probes(examples)
+        self.probes: list[list[Probe]] = probes(examples, template)
         self.logged: dict[str, float] = {}  # of the last scoring of all
         self.failures: list[str] = []
 
@@ -180,7 +182,7 @@ class Trial:
         """Returns the score of the first gold solution."""
         first = self.examples[0]
         try:
-            tried = scorer.dry_run(self.prompts[0], first.solution, first.columns, messages=self.messages[0])
+            tried = scorer.dry_run(self.prompts[0], self.probes[0][0].text, first.columns, messages=self.messages[0])
         except RewardFailed as error:
             raise self._failed(error.failure, 0, self.probes[0][0]) from None
         return tried.rewards[0]
@@ -251,6 +253,12 @@ class Trial:
                 what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
                 messages = check.problems if fault else check.notes
                 messages.append(f"{meaning}: {len(unexpected)} of {len(places)} {what}")
+        golds = [row[0].text for row in self.probes]
+        if check.kinds[0].unexpected == len(golds) and all(map(is_bare, golds)):
+            check.notes.append(
+                f"gold solutions are bare answers such as {golds[0]!r}; if a completion has a form around its answer, "
+                "give that: --template '<answer>{answer}</answer>'"
+            )
         if abstained := sum(kind.abstained for kind in check.kinds) - len(check.failures):
             check.notes.append(f"{abstained} completions got no score: the function abstained")
         if check.failures:

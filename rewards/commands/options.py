@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from rewards.commands.probes import ANSWER, BARE
 from rewards.config.data import ProblemOptions
 from rewards.config.options import Options
 from rewards.config.reward import CallOptions
@@ -35,11 +36,20 @@ class RewardTestConfig(CallOptions):
     command: ClassVar[str] = "reward test"
     data: TriedDataOptions = TriedDataOptions()
     reward: TriedScoringOptions = TriedScoringOptions()
+    template: str = BARE
+    """How a completion is made of a gold solution where the data have bare answers: `<answer>{answer}</answer>`."""
     max_score: float | None = None
     """What a right completion scores; by default what the function declares (`rewards.right_at`), else 1, or what the
     first gold solution gets where that is more."""
     shaping: bool = False
     """The function does not judge the answer (a format, a length): any completion may get full marks, or miss them."""
+
+    @field_validator("template")
+    @classmethod
+    def _has_a_place(cls, template: str) -> str:
+        if ANSWER not in template:
+            raise ValueError(f"there is no {ANSWER}, which a gold solution takes the place of; add it")
+        return template
 
 
 class ReplayedDataOptions(ProblemOptions):

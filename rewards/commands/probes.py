@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 from rewards.data.examples import Example
 
@@ -24,6 +24,8 @@ KINDS: dict[str, Kind] = {
     "blank": Kind("less", "only spaces"),
     "wrong": Kind("less", "gold, last digit raised"),
     "other": Kind("less", "gold of another row"),
+    "cut": Kind("less", "gold, cut before its answer"),
+    "unanswered": Kind("less", "the template, no answer"),
     "hostile": Kind("less", "hostile text"),
     "padded": Kind("same", "gold between blank lines"),
     "followed": Kind("same", "gold, closing sentence"),
@@ -46,6 +48,8 @@ _DIGIT = re.compile(r"[0-9]")
 _NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 _WHOLE = re.compile(r"(?<![\w^_/:.,])-?[0-9]+(?:,[0-9]{3})*(?![\w^_/:,]|\.[0-9])")
 _MARK = re.compile(r"####|\\boxed\{|<answer>|answer(?: is|:)", re.IGNORECASE)  # the answer follows the last mark
+ANSWER = "{answer}"  # in a template
+BARE = ANSWER
 SHORT = 5  # words of a solution that is an answer as a whole
 
 
@@ -54,28 +58,36 @@ class Probe(NamedTuple):
     text: str
 
 
-def probes(examples: Sequence[Example]) -> list[list[Probe]]:
-    """Returns the completions to try on each example, without the kinds that cannot be made of it.
+def probes(examples: Sequence[Example], template: str = BARE) -> list[list[Probe]]:
+    """Returns the completions to try on each example, without the kinds that cannot be made of it. Where `template` is
+    given, the gold solutions of the data are bare answers, and a completion is the template with the answer in it.
 
     >>> [probe.text for probe in probes([Example("a", "2 + 3 = ?", "#### 5")])[0][:4]]
     ['#### 5', '', ' \\n\\t \\n', '#### 6']
     """
     rows = []
     for i, example in enumerate(examples):
-        gold = example.solution
-        wrong, other = misprint(gold), _another(examples, i)
-        number = _whole_number(gold)
+        solution = example.solution
+        number = _whole_number(solution)
+
+        def filled(answer: str) -> str:
+            return template.replace(ANSWER, answer)
+
+        gold = filled(solution)
+        wrong, other = (answer and filled(answer) for answer in (misprint(solution), _another(examples, i)))
         texts = {
             "gold": gold,
             "empty": "",
             "blank": " \n\t \n",
             "wrong": wrong,
             "other": other,
+            "cut": _cut(gold),
+            "unanswered": filled("") if template != BARE else None,
             "hostile": HOSTILE[i] if i < len(HOSTILE) else None,
             "padded": f"\n\n{gold}\n\n",
             "followed": f"{gold}\nI hope this helps!",
-            "decimal": _with_number(gold, number, f"{number[0]}.0") if number else None,
-            "grouped": _with_number(gold, number, f"{_value(number):,}") if number and _is_plain(number) else None,
+            "decimal": filled(_with_number(solution, number, f"{number[0]}.0")) if number else None,
+            "grouped": filled(_with_number(solution, number, f"{_value(number):,}")) if _is_plain(number) else None,
             "hedged": f"{gold}\n{wrong or other}" if wrong or other else None,
             "denied": f"It is not {number[0]}." if number else None,
             "echo": example.question,
@@ -113,9 +125,30 @@ def _value(number: re.Match[str]) -> int:
     return int(number[0].replace(",", ""))
 
 
-def _is_plain(number: re.Match[str]) -> bool:
-    """Whether the number has thousands, and no commas between them."""
-    return abs(_value(number)) >= 1000 and "," not in number[0]
+def _is_plain(number: re.Match[str] | None) -> TypeGuard[re.Match[str]]:
+    """Whether there is a number with thousands, and no commas between them."""
+    return number is not None and abs(_value(number)) >= 1000 and "," not in number[0]
+
+
+def _cut(completion: str) -> str | None:
+    """Returns the first half of what stands before the answer, as if the tokens had run out there; None where nothing
+    does, or where the half has the answer already."""
+    before = completion[: len(completion) - len(_answer_part(completion))]
+    cut, answer = before[: len(before) // 2].rstrip(), _answer(completion)
+    if isinstance(answer, str):
+        has_answer = answer in cut.lower()
+    else:
+        has_answer = answer in [float(number.replace(",", "")) for number in _NUMBER.findall(cut)]
+    return None if has_answer else cut or None
+
+
+def is_bare(solution: str) -> bool:
+    """Whether the solution is an answer as a whole, without a form around it.
+
+    >>> is_bare("42"), is_bare("#### 42")
+    (True, False)
+    """
+    return len(solution.split()) <= SHORT and not _MARK.search(solution)
 
 
 def _answer_part(solution: str) -> str:

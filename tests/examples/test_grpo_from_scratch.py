@@ -159,6 +159,7 @@ def test_the_reward_of_a_short_run_rises_and_a_seed_gives_it_again(scratch, micr
     assert torch.equal(rewards_NPG[:4], short_run(scratch, micro_policy(0), 4))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_script_learns_to_sort(tmp_path):
     """In its first 20 steps, which do not depend on how many follow."""

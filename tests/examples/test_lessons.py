@@ -42,6 +42,7 @@ def test_a_group_whose_rewards_are_equal_teaches_nothing(micro, tmp_path):
     assert len(re.findall(r"^groups of \d+: [01]\.\d\d should be mixed", said, re.MULTILINE)) == 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_losses_agree_at_the_first_update_alone(micro, monkeypatch, tmp_path):
     """Of one digit, since groups must be mixed and this policy soon answers some of them."""

@@ -41,7 +41,8 @@ def test_a_file_fits_16_gib(name, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("qwen2.5_0.5b", marks=pytest.mark.long), "qwen3_0.6b"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen2.5_0.5b", "qwen3_0.6b"])
 def test_a_file_is_rehearsed(name, model, monkeypatch, capsys, tmp_path):
     """With the chat template that the file asks for, and a small tokenizer, since the hub's is not here."""
     folder = tmp_path / "model"

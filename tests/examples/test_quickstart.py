@@ -60,6 +60,7 @@ def test_it_is_a_notebook_and_keeps_no_output_that_may_become_old():
         ast.parse("".join(cell["source"]))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_its_cells_run_in_an_empty_folder(micro_preset, tmp_path):
     said = run(tmp_path, micro_preset, QUARTET_SHORT="1")

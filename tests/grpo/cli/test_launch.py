@@ -137,6 +137,7 @@ def test_ray_train_is_asked_for_a_gpu_for_each_rank(monkeypatch, micro_config, t
     assert asked == {"CPU": 3, "GPU": 0}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_saves_and_leaves_no_process(words, tmp_path):
     folder = tmp_path / "run"

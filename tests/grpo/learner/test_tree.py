@@ -208,10 +208,10 @@ def _learned(policy, rows, budget, readers=1):
     return gradients, work.logprobs, metrics, sum(mini.token_ids.numel() for mini in work.minis)
 
 
-SLOW = [pytest.param(range(at, at + 50), marks=pytest.mark.slow) for at in (0, 50, 100, 150)]
+MORE = [pytest.param(range(at, at + 50), marks=pytest.mark.long) for at in (0, 50, 100, 150)]
 
 
-@pytest.mark.parametrize("seeds", [range(6), *SLOW])
+@pytest.mark.parametrize("seeds", [range(6), *MORE])
 def test_contract_10_gradients_of_random_trees_are_those_of_padded_rows(random_policy, shares, seeds):
     """MoE, MLA, draft head, balance, in part replayed routing and the shares of two ranks."""
     policy = random_policy(3)

@@ -168,6 +168,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.long), "lora, curriculum, dynamic sampling"])

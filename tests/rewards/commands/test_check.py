@@ -205,7 +205,7 @@ def test_everything_that_a_function_may_ask_for_is_there(file, tmp_path):
 
 
 def test_abstentions_and_slowness_are_said(file):
-    assert "142 completions got no score: the function abstained" in check(f"{file}:abstains").notes
+    assert "154 completions got no score: the function abstained" in check(f"{file}:abstains").notes
     slow = check(f"{file}:slow", **{"data.limit": 2, "reward.timeout_s": 1.2}, shaping=True)
     assert any("a batch of 256 completions takes about" in note for note in slow.notes)
 
@@ -366,7 +366,10 @@ def test_probes():
     assert [row["hostile"] for row in texts] == HOSTILE[:4]
     assert all(19_990 < len(text) <= 20_000 for text in HOSTILE)
     assert "other" not in dict(probes(examples[:1])[0])
-    assert {kind for row in texts for kind in row} == set(KINDS) - {"grouped"}  # no answer has thousands
+    assert {kind for row in texts for kind in row} == set(KINDS) - {
+        "grouped",
+        "unanswered",
+    }  # no thousands, no template
 
 
 @pytest.mark.parametrize(
@@ -406,3 +409,52 @@ def test_a_judge_shows_its_cost_what_was_kept_and_what_failed():
     assert f"judge_tokens {found.logged['judge_tokens']:g}" in shown.getvalue()
     assert f"problem: {empty} completions failed" in shown.getvalue()
     assert "abstained" not in shown.getvalue()
+
+
+def test_a_completion_that_is_cut_before_its_answer_is_tried():
+    golds = [
+        "She has 3 + 4 = 7 eggs, and sells 5 of them.\n#### 2",
+        "It is 12: 6 + 6.\n#### 12",
+        "42",
+        "#### 42",
+    ]
+    rows = [dict(row) for row in probes([Example(str(i), "?", gold) for i, gold in enumerate(golds)])]
+    assert [row.get("cut") for row in rows] == ["She has 3 + 4 = 7 eggs,", None, None, "##"]
+
+
+@pytest.fixture
+def bare(tmp_path):
+    file = tmp_path / "bare.jsonl"
+    file.write_text("".join(f'{{"question": "{n} + 1 = ?", "answer": "{n + 1}"}}\n' for n in range(40)))
+    (tmp_path / "tagged.py").write_text(
+        "import re\n"
+        "def exact(completions, answer, **_):\n"
+        "    said = [re.search('<answer>(.*)</answer>', text) for text in completions]\n"
+        "    return [float(bool(one) and one[1] == gold) for one, gold in zip(said, answer)]\n"
+        "def formed(completions, answer, **_):\n"
+        "    return [float('<answer>' in text) for text in completions]\n"
+    )
+    return tmp_path
+
+
+def test_a_bare_answer_becomes_a_completion_by_a_template(bare):
+    function = f"{bare / 'tagged.py'}:exact"
+    data = {"data.name": str(bare / "bare.jsonl")}
+    plain = check(function, **data)
+    assert plain.problems == ["gold solution: 12 of 12 miss full marks"]
+    assert any("bare answers such as '1'" in note and "--template" in note for note in plain.notes)
+    filled = check(function, **data, template="So:\n<answer>{answer}</answer>")
+    assert filled.problems == []
+    assert {kind: full for kind, full in kinds(filled).items() if full}.keys() == {
+        "gold",
+        "padded",
+        "followed",
+        "hedged",
+    }
+    formed = check(f"{bare / 'tagged.py'}:formed", **data, template="So:\n<answer>{answer}</answer>")
+    assert "the template, no answer: 12 of 12 get full marks" in formed.problems
+
+
+def test_a_template_without_a_place_for_the_answer_is_refused(capsys):
+    assert main(["reward", "test", "gsm8k", "--template", "<answer></answer>"]) == 2
+    assert "template=<answer></answer> (command line): there is no {answer}" in capsys.readouterr().err

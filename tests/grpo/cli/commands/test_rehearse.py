@@ -257,6 +257,7 @@ def test_all_tokens_of_a_tokenizer_stay_in_a_small_model():
     assert small.hidden_size < 512
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_goes_on_after_every_fault(bare_model, tmp_path):
     """With tools, whose processes are among those that die and hang."""
