@@ -1071,7 +1071,7 @@ def run_machine(micro_config, tmp_path_factory, examples: int, calls: int) -> No
 
 
 def test_primitives_in_any_order_mean_what_the_model_says(micro_config, tmp_path_factory):
-    run_machine(micro_config, tmp_path_factory, 15, 20)
+    run_machine(micro_config, tmp_path_factory, 10, 20)
 
 
 @pytest.mark.slow

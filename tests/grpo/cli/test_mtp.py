@@ -262,19 +262,19 @@ DIED = RolloutError("workers died 4 times")
     [  # the end of the corpus is saved, and every epoch
         (LocalPool, "sample", 3, _fail(Stopped()), 'stopped after step 2; go on with resume="auto"', [2]),
         (LocalPool, "sample", 3, _fail(DIED), "workers died 4 times", [2]),
-        (
-            LocalPool,
-            "sync_weights",
-            2,
-            _fail(DIED),
-            "workers died 4 times",
-            [3, 4, 5, 6, 7],
-        ),  # one before, one at the end
+        # one before, one at the end
+        pytest.param(
+            *(LocalPool, "sync_weights", 2, _fail(DIED), "workers died 4 times", [3, 4, 5, 6, 7]),
+            marks=pytest.mark.long,
+        ),
         (Corpus, "add", 2, _fail(OSError("No space left on device")), "No space left on device", [1]),
         # in the middle of an epoch
         (Update, "make", 5, _fail(NonFiniteStep("the gradient is nan")), "the gradient is nan", [3]),
-        (HeadLearner, "teach", 3, _fail(NonFiniteStep("the loss is nan")), "the loss is nan", [3, 4, 5]),
-        (RunLog, "step", 3, _fail(KeyError("a bug")), "a bug", [3]),
+        pytest.param(
+            *(HeadLearner, "teach", 3, _fail(NonFiniteStep("the loss is nan")), "the loss is nan", [3, 4, 5]),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(RunLog, "step", 3, _fail(KeyError("a bug")), "a bug", [3], marks=pytest.mark.long),
         # a signal while the head is taught finishes the step
         (HeadLearner, "teach", 2, _signal(signal.SIGINT), f"stopped after step {STEPS + 2}; go on", [3, 4, 5]),
         pytest.param(

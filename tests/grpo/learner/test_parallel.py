@@ -55,20 +55,23 @@ QWEN3_MOE = {
     **{"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
     **{"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
+OFTEN, MORE = (2, "often"), (2, "more")  # processes
 CASES = {
-    2: {
+    OFTEN: {
         "fsdp": {"parallel": {}},
         "tensor": {"parallel": {"tensor": 2}},
+        "heads, both ways": {"parallel": {}, "heads": [0.5, 0]},
+        "lora, all targets": {"parallel": {}, "lora": None},
+    },
+    MORE: {
         "fsdp with expert": {"parallel": {"fsdp": 2, "expert": 2}},
         "qwen3_moe, expert": {"parallel": {"fsdp": 2, "expert": 2}, "of_type": QWEN3_MOE},
         "copies": {"parallel": {"fsdp": 1}},
-        "heads, both ways": {"parallel": {}, "heads": [0.5, 0]},
         "heads, both ways, tensor": {"parallel": {"tensor": 2}, "heads": [0.5, 0]},
-        "lora, all targets": {"parallel": {}, "lora": None},
         "lora, tensor": {"parallel": {"tensor": 2}, "lora": None},
         "value head": {"parallel": {}, "loss": {"advantage": "gae"}},
     },
-    4: {
+    (4, "more"): {
         "fsdp x tensor": {"parallel": {"tensor": 2}},
         "fsdp x tensor with expert": {"parallel": {"tensor": 2, "expert": 4}},
         "copies x fsdp": {"parallel": {"fsdp": 2}},
@@ -88,9 +91,9 @@ def _differences(size: int, folder: Path, cases: dict) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory) -> Callable[[int], dict[str, dict]]:
-    """How far the layouts of so many ranks are from one process; they run once."""
-    return functools.cache(lambda size: _differences(size, tmp_path_factory.mktemp(f"of{size}"), CASES[size]))
+def differences(tmp_path_factory) -> Callable[[tuple[int, str]], dict[str, dict]]:
+    """How far these layouts are from one process; they run once."""
+    return functools.cache(lambda key: _differences(key[0], tmp_path_factory.mktemp(f"of{key[0]}"), CASES[key]))
 
 
 def _check(found: dict) -> None:
@@ -102,11 +105,11 @@ def _check(found: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "case"),
-    [pytest.param(size, case, marks=[pytest.mark.long] * (size > 2)) for size in CASES for case in CASES[size]],
+    ("key", "case"),
+    [pytest.param(key, case, marks=[pytest.mark.long] * (key != OFTEN)) for key in CASES for case in CASES[key]],
 )
-def test_contract_15_every_layout_learns_as_one_process(differences, size, case):
-    _check(differences(size)[case])
+def test_contract_15_every_layout_learns_as_one_process(differences, key, case):
+    _check(differences(key)[case])
 
 
 @pytest.mark.long
