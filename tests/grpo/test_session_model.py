@@ -1074,6 +1074,6 @@ def test_primitives_in_any_order_mean_what_the_model_says(micro_config, tmp_path
     run_machine(micro_config, tmp_path_factory, 10, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_primitives_in_any_order_mean_what_the_model_says_for_long(micro_config, tmp_path_factory):
     run_machine(micro_config, tmp_path_factory, int(os.environ.get("QUARTET_SEQUENCES", "500")), 40)
