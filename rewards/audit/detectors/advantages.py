@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, median, pstdev, stdev
 
 from rewards.audit.findings import Finding, Rollouts, flatten, is_cut, is_number
@@ -12,13 +12,17 @@ from rewards.audit.traces import Trace
 SMALL = 1e-3
 NEAR = 0.02  # of a scale; trainers add 1e-4 or so to a deviation
 USUAL = 0.6
+DEVIATION = 1e-4  # is added to a deviation, so that none is 0
+FEW = 8  # rollouts of a step
+WHITE = 0.1  # of a deviation, which trainers take with n or n - 1
+NEARLY_ALL = 0.9
 
 
 def advantages(rollouts: Rollouts) -> Iterator[Finding]:
     """The advantages of a group are its rewards less their mean, times a factor. A run in which most groups are so has
     wrong ones where they are not."""
     groups = [[t for t in group if t.scored and is_number(t.advantage)] for group in rollouts.groups]
-    groups = [group for group in groups if len(group) > 1 and any(t.advantage for t in flatten(groups))]
+    every = groups = [group for group in groups if len(group) > 1 and any(t.advantage for t in flatten(groups))]
     yield from _weigh(groups)
     factors = {index: factor_of(group) for index, group in enumerate(groups)}
     clipped = _clipped(groups, [index for index, factor in factors.items() if factor is None])
@@ -29,10 +33,18 @@ def advantages(rollouts: Rollouts) -> Iterator[Finding]:
     if not spread:
         return
     rewards = "parts' weighted sum" if groups[0][0].form == "trl" else "rewards"
-    if len(regular) < len(spread) / 2:  # weights, or another estimator: only the order can be wrong
+    # Whatever the estimator, the advantages of two different rewards are proportional to them.
+    telling = [index for index in spread if len({trace.value for trace in groups[index]}) > 2] or spread
+    proportional = [index for index in telling if factors[index] is not None]
+    if len(proportional) < len(telling) / 2:  # weights, or another estimator: only the order can be wrong
         yield from _order(groups)
+        yield from _baseline(rollouts, every)
         return
     off = [groups[index] for index in factors if factors[index] is None]
+    if off and _are_normalized_apart(groups):
+        rollouts.figures["advantages"] = "each reward is normalized by itself"
+        yield from _order(groups)
+        return
     turned = [groups[index] for index in regular if (factors[index] or 0.0) < 0]
     what = f"{len(off)} of {len(groups)} groups have advantages that are not their {rewards} less the mean"
     yield Finding("advantage-mismatch", what, flatten(off))
@@ -89,13 +101,36 @@ def factor_of(group: Sequence[Trace]) -> float | None:
     rollouts with the advantage 0 do not count: some trainers leave them out."""
     middle = fmean(trace.value for trace in group)
     pairs = [(trace.value - middle, trace.credit) for trace in group if not (is_cut(trace) and not trace.advantage)]
-    most = max((abs(advantage) for _, advantage in pairs), default=0.0)
     if _tied(group):
-        return 0.0 if most <= SMALL else None
+        return 0.0 if all(abs(advantage) <= SMALL for _, advantage in pairs) else None
+    return _proportion(pairs)
+
+
+def _proportion(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """The number that makes all rewards, less their baseline, their advantages; None where there is none."""
+    most = max((abs(advantage) for _, advantage in pairs), default=0.0)
     square = sum(reward * reward for reward, _ in pairs)
     factor = sum(reward * advantage for reward, advantage in pairs) / square if square else 0.0
     off = max((abs(advantage - factor * reward) for reward, advantage in pairs), default=0.0)
     return factor if off <= NEAR * most + 1e-6 and (most > 1e-6 or not pairs) else None
+
+
+def _are_normalized_apart(groups: list[list[Trace]]) -> bool:
+    """GDPO (arXiv 2601.05242): of each reward the mean is taken away, and it is divided by its own deviation, before
+    they are added up."""
+    fit = []
+    for group in groups:
+        names = [name for name in group[0].parts if all(is_number(trace.parts.get(name)) for trace in group)]
+        added = [0.0] * len(group)
+        for name in names:
+            values = [trace.parts[name] or 0.0 for trace in group]
+            weight = group[0].weights.get(name, 1.0) or 0.0
+            deviation = stdev(values)
+            for place, value in enumerate(values):
+                added[place] += weight * (value - fmean(values)) / (deviation + DEVIATION)
+        pairs = [(value, trace.credit) for value, trace in zip(added, group, strict=True)]
+        fit.append(len(names) > 1 and (not any(added) or _proportion(pairs) is not None))
+    return _nearly_all(fit)
 
 
 def _clipped(groups: list[list[Trace]], off: Sequence[int]) -> set[int]:
@@ -170,10 +205,67 @@ def _order(groups: list[list[Trace]]) -> Iterator[Finding]:
         yield Finding(
             "advantage-mismatch", f"{len(turned)} rollouts are better than another, with less advantage", turned
         )
+
+
+def _baseline(rollouts: Rollouts, groups: list[list[Trace]]) -> Iterator[Finding]:
+    """The advantages of a group have the mean 0, or the baseline is one that an estimator takes."""
     off = [g for g in groups if abs(sum(t.credit for t in g)) > 0.05 * sum(abs(t.credit) for t in g)]
-    if off:
-        yield Finding(
-            "advantage-mean",
-            f"{len(off)} groups have advantages whose mean is not 0: their baseline is another",
-            flatten(off),
-        )
+    if not off:
+        return
+    for name, fits in BASELINES.items():
+        if fits(groups):
+            rollouts.figures["baseline"] = name
+            return
+    what = f"{len(off)} groups have advantages whose mean is not 0: their baseline is another"
+    yield Finding("advantage-mean", what, flatten(off))
+
+
+def _is_whitened(groups: list[list[Trace]]) -> bool:
+    """REINFORCE++ (arXiv 2501.03262): the advantages of each step have the mean 0 and the deviation 1."""
+    steps: dict[int | None, list[float]] = {}
+    for group in groups:
+        steps.setdefault(group[0].step, []).extend(trace.credit for trace in group)
+    fit = [abs(fmean(of)) < NEAR and abs(pstdev(of) - 1) < WHITE for of in steps.values() if len(of) >= FEW]
+    return bool(fit) and all(fit)
+
+
+def _is_weighed_by_length(groups: list[list[Trace]]) -> bool:
+    """OPO (arXiv 2505.23585): the baseline is the mean reward weighed by the number of tokens."""
+    fit = []
+    for group in groups:
+        weighed = [len(trace.token_ids) * trace.credit for trace in group]
+        fit.append(all(trace.token_ids for trace in group) and abs(sum(weighed)) <= NEAR * sum(map(abs, weighed)))
+    return _nearly_all(fit)
+
+
+def _is_of_one_rollout(groups: list[list[Trace]]) -> bool:
+    """ReMax (arXiv 2310.10505): the baseline is the reward of a greedy rollout, another one for each prompt."""
+    rewards = {round(trace.value, 4) for trace in flatten(groups)}
+    fit, baselines = [], set()
+    for group in groups:
+        [baseline, *others] = {round(trace.value - trace.credit, 4) for trace in group}
+        fit.append(not others and baseline in rewards)
+        baselines.add(baseline)
+    return _nearly_all(fit) and len(baselines) > 1
+
+
+def _is_of_the_best(groups: list[list[Trace]]) -> bool:
+    """GRPO for pass@k (arXiv 2503.19595): only the best rollout has an advantage."""
+    fit = []
+    for group in groups:
+        best = max(trace.value for trace in group)
+        taught = [trace for trace in group if trace.credit]
+        fit.append(len(taught) < 2 and all(trace.credit > 0 and trace.value == best for trace in taught))
+    return _nearly_all(fit)
+
+
+def _nearly_all(fit: Sequence[bool]) -> bool:
+    return sum(fit) >= NEARLY_ALL * len(fit)
+
+
+BASELINES: dict[str, Callable[[list[list[Trace]]], bool]] = {
+    "the mean of the step, divided by its deviation": _is_whitened,
+    "the mean weighed by length": _is_weighed_by_length,
+    "the reward of one rollout": _is_of_one_rollout,
+    "the second best reward": _is_of_the_best,
+}
