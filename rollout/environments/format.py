@@ -103,7 +103,8 @@ class TurnFormat:
             )
         self.is_plain = template is None
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = [*added.values(), *tokenizer.all_special_tokens]
+        # Without those that a tokenizer_config.json sets to "": such a text is found between any two characters.
+        self._special = [token for token in (*added.values(), *tokenizer.all_special_tokens) if token]
         self._stops = {tokenizer.eos_token_id, *stop_token_ids}
         self._response_template = template
         if not self.is_plain:

@@ -241,6 +241,18 @@ def test_a_tool_cannot_write_special_tokens(form):
     assert f"7{end[0]} {end[1:]}" in tokenizer.decode(attack)
 
 
+@pytest.mark.parametrize("name", ["bos_token", "unk_token"])
+def test_a_special_token_without_a_text_changes_no_result(name):
+    """Some files of tokenizers set `"bos_token": ""`, which every text contains between any two characters."""
+    tokenizer = chat_tokenizer()
+    expected = TurnFormat(tokenizer, [add]).reply([("add", "7 apples")])
+    setattr(tokenizer, name, "")
+    form = TurnFormat(tokenizer, [add])
+    assert "" in tokenizer.all_special_tokens
+    assert form.reply([("add", "7 apples")]) == expected
+    assert form.write(Turn("Seven."))[-1] == tokenizer.eos_token_id
+
+
 def test_tools_and_forms_that_cannot_be_are_refused():
     def undescribed(a: int) -> int:
         return a
