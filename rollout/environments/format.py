@@ -274,12 +274,14 @@ class TurnFormat:
         if not isinstance(arguments, dict):
             raise BadCall(f"The arguments of {name} must be a JSON object, not {json.dumps(arguments)[:80]}.")
         try:
+            json.dumps(arguments, allow_nan=False)  # which Python reads, and pydantic makes null inside of an object
             checked = self._arguments[name].model_validate(arguments)
             values = checked.model_dump(mode="json", exclude_unset=True)  # of an Enum its value, as with TRL
+            json.dumps(values, allow_nan=False)  # the text "nan" is a float for pydantic
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
             raise BadCall(f"Wrong arguments of {name}: {'; '.join(faults)[:500]}.") from error
-        except ValueError as error:  # JSON cannot hold them
+        except (ValueError, RecursionError) as error:  # JSON cannot hold them
             raise BadCall(f"Wrong arguments of {name}: {error!s:.500}.") from error
         fields = sorted(checked.model_fields_set, key=list(type(checked).model_fields).index)
         return Call(name, {self._parameters[name][int(field[1:])]: values[field] for field in fields})

@@ -253,6 +253,26 @@ def test_a_special_token_without_a_text_changes_no_result(name):
     assert form.write(Turn("Seven."))[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"nan"', '{"a": [NaN]}'])
+def test_a_number_that_json_lacks_reaches_no_tool(value):
+    """Inside of an object it would become null, another argument than the model wrote."""
+
+    def measure(at: float | dict) -> str:
+        """Measures.
+
+        Args:
+            at: a place
+        """
+
+    for form in (TurnFormat(small_tokenizer(CORPUS), [measure, add]), TurnFormat(chat_tokenizer(), [measure, add])):
+        called = f'<<measure {{"at": {value}}}='
+        if not form.is_plain:
+            called = f'<tool_call>\n{{"name": "measure", "arguments": {{"at": {value}}}}}\n</tool_call>'
+        turn = read(form, called)
+        assert turn.calls == ()
+        assert turn.error.startswith("Wrong arguments of measure: ")
+
+
 def test_tools_and_forms_that_cannot_be_are_refused():
     def undescribed(a: int) -> int:
         return a
