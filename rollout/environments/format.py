@@ -206,10 +206,21 @@ class TurnFormat:
         texts = [(name, self._without_special_tokens(text)) for name, text in results]
         if self.is_plain:
             return self._encode("\n".join(text for _, text in texts) + ">>")
-        name = texts[0][0]  # some templates take the name from the call, and some have one call in a turn
-        answers = [{"role": "tool", "name": name, "content": text} for name, text in texts]
-        ids = self._encode(self._follow(_calls([Call(name, {})]), answers)[1])
+        ids = self._encode(self._results(texts))
         return ids[1:] if ids[0] in self._stops else ids  # the sampled turn already ends with it
+
+    def _results(self, texts: Sequence[tuple[str, str]]) -> str:
+        """What the chat template writes for results. Some templates take their names from the calls, by id."""
+        if len({name for name, _ in texts}) > 1:
+            answer = _calls([Call(name, {}) for name, _ in texts])
+            answers = []
+            for number, (name, text) in enumerate(texts):
+                answer["tool_calls"][number]["id"] = f"call_{number}"
+                answers.append({"role": "tool", "name": name, "tool_call_id": f"call_{number}", "content": text})
+            with suppress(ValueError):  # of a template that has one call in a turn, as Llama's
+                return self._follow(answer, answers)[1]
+        answers = [{"role": "tool", "name": name, "content": text} for name, text in texts]
+        return self._follow(_calls([Call(texts[0][0], {})]), answers)[1]
 
     def _follow(self, answer: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[str, str]:
         """How the chat template ends an answer with calls, and what it writes after that for the messages."""

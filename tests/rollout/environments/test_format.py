@@ -273,6 +273,16 @@ def test_a_number_that_json_lacks_reaches_no_tool(value):
         assert turn.error.startswith("Wrong arguments of measure: ")
 
 
+def test_each_result_has_the_name_of_its_tool():
+    """Gemma 4's template takes the names of results from the calls, and finds these by their ids."""
+    special = {"eos_token": "<turn|>", "additional_special_tokens": ["<|turn>", "<|tool_response>"]}
+    tokenizer = chat_tokenizer("gemma4", **special)
+    form = TurnFormat(tokenizer, [calculate, add])
+    text = tokenizer.decode(form.reply([("calculate", "24"), ("add", "7"), ("add", "8")]))
+    shown = [part.partition("{")[0] for part in text.split("response:")[1:]]
+    assert shown == ["calculate", "add", "add"]
+
+
 def test_tools_and_forms_that_cannot_be_are_refused():
     def undescribed(a: int) -> int:
         return a
