@@ -3,7 +3,8 @@
 A multiply-add is two FLOPs, and only matrix products are counted. L layers, D hidden size, H heads, r = kv_lora_rank,
 d_n, d_r = the unrotated and rotated part of a query, d_v of a value, S tokens to attend to.
 
-    cache       an MLA layer keeps r + d_r numbers a token, one of grouped-query attention 2 · KV heads · head_dim
+    cache       an MLA layer keeps r + d_r numbers a token, one of grouped-query attention 2 · KV heads · head_dim; MLA
+                of other types than DeepSeek-V3 is kept expanded, H · (d_n + d_r + d_v)
     prefill     2 · weights + 2 · L · H · S · (d_n + d_r + d_v): keys and values are expanded; without the LM head
     decode      2 · weights + 2 · L · H · S · (2r + d_r), absorbed: latents are attended as they are cached
                 (DeepSeek-V2, section 2.1.2), r + d_r if d_n = 0; the weights are those of `AbsorbedBlock`, and the
@@ -166,8 +167,20 @@ def cache_numbers(config: PretrainedConfig) -> int | None:
         return None
     if not getattr(config, "num_attention_heads", None):  # it keeps a state in place of keys and values
         return None
+    return config.num_hidden_layers * layer_numbers(config)
+
+
+def layer_numbers(config: PretrainedConfig) -> int:
+    """The count of numbers that a layer which attends keeps for a token, where it is not one of DeepSeek-V3.
+
+    >>> from transformers import FalconConfig
+    >>> layer_numbers(FalconConfig(hidden_size=64, num_attention_heads=4))  # its four heads share a key and a value
+    32
+    """
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_hidden_layers * 2 * groups * _head_dim(config)
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        groups = 1
+    return groups * sum(_widths(config))
 
 
 def absorbed_weights(config: DeepseekV3Config) -> int:
@@ -193,7 +206,7 @@ def _flops(trunk: nn.Module, config: PretrainedConfig, context: int) -> tuple[fl
     layers, heads, mean = config.num_hidden_layers, config.num_attention_heads, (context + 1) / 2
     chosen = getattr(config, "active_heads", heads)  # attention of dynamic heads in decoding; prefill computes all
     if not isinstance(config, DeepseekV3Config):
-        per_key = 4 * layers * heads * _head_dim(config)
+        per_key = 2 * layers * heads * sum(_widths(config))
         return 2 * weights + per_key * mean, 2 * (weights + head.numel()) + per_key * (context + 1)
     expanded = 2 * layers * heads * (config.qk_head_dim + config.v_head_dim)
     scored = config.qk_rope_head_dim + (config.kv_lora_rank if config.qk_nope_head_dim else 0)
@@ -221,5 +234,9 @@ def _experts(trunk: nn.Module, config: object) -> Experts | None:
     )
 
 
-def _head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _widths(config: PretrainedConfig) -> tuple[int, int]:
+    """How many numbers a key and a value have. In MLA `head_dim` is often that of the rotated part alone."""
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "v_head_dim", None):
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim, head_dim

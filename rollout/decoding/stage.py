@@ -30,7 +30,8 @@ class Stage:
         if params.environment is not None:
             from rollout.environments.episodes import Arena, Episodes
 
-            if self.arena is None or self.arena.spec != params.environment:
+            wanted = params.environment, tuple(params.stop_token_ids)
+            if self.arena is None or (self.arena.spec, self.arena.stops) != wanted:
                 self.close()
                 self.arena = Arena(params.environment, self.tokenizer, params.stop_token_ids)
             episodes = Episodes(self.arena, params)

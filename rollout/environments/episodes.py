@@ -37,7 +37,7 @@ class Arena:
 
     def __init__(self, spec: EnvironmentSpec, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> None:
         names = [name for name, _ in spec.environments] or [""]
-        self.spec, self.tokenizer = spec, tokenizer
+        self.spec, self.tokenizer, self.stops = spec, tokenizer, tuple(stops)
         self.formats = {name: TurnFormat(tokenizer, tools_of(spec, name), stop_token_ids=stops) for name in names}
         self.pool: WorkerPool = open_workers(spec)
         self.thread = ThreadPoolExecutor(1, "tools")

@@ -103,7 +103,8 @@ class TurnFormat:
             )
         self.is_plain = template is None
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = [*added.values(), *tokenizer.all_special_tokens]
+        # Without those that a tokenizer_config.json sets to "": such a text is found between any two characters.
+        self._special = [token for token in (*added.values(), *tokenizer.all_special_tokens) if token]
         self._stops = {tokenizer.eos_token_id, *stop_token_ids}
         self._response_template = template
         if not self.is_plain:
@@ -205,10 +206,21 @@ class TurnFormat:
         texts = [(name, self._without_special_tokens(text)) for name, text in results]
         if self.is_plain:
             return self._encode("\n".join(text for _, text in texts) + ">>")
-        name = texts[0][0]  # some templates take the name from the call, and some have one call in a turn
-        answers = [{"role": "tool", "name": name, "content": text} for name, text in texts]
-        ids = self._encode(self._follow(_calls([Call(name, {})]), answers)[1])
+        ids = self._encode(self._results(texts))
         return ids[1:] if ids[0] in self._stops else ids  # the sampled turn already ends with it
+
+    def _results(self, texts: Sequence[tuple[str, str]]) -> str:
+        """What the chat template writes for results. Some templates take their names from the calls, by id."""
+        if len({name for name, _ in texts}) > 1:
+            answer = _calls([Call(name, {}) for name, _ in texts])
+            answers = []
+            for number, (name, text) in enumerate(texts):
+                answer["tool_calls"][number]["id"] = f"call_{number}"
+                answers.append({"role": "tool", "name": name, "tool_call_id": f"call_{number}", "content": text})
+            with suppress(ValueError):  # of a template that has one call in a turn, as Llama's
+                return self._follow(answer, answers)[1]
+        answers = [{"role": "tool", "name": name, "content": text} for name, text in texts]
+        return self._follow(_calls([Call(texts[0][0], {})]), answers)[1]
 
     def _follow(self, answer: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[str, str]:
         """How the chat template ends an answer with calls, and what it writes after that for the messages."""
@@ -273,12 +285,14 @@ class TurnFormat:
         if not isinstance(arguments, dict):
             raise BadCall(f"The arguments of {name} must be a JSON object, not {json.dumps(arguments)[:80]}.")
         try:
+            json.dumps(arguments, allow_nan=False)  # which Python reads, and pydantic makes null inside of an object
             checked = self._arguments[name].model_validate(arguments)
             values = checked.model_dump(mode="json", exclude_unset=True)  # of an Enum its value, as with TRL
+            json.dumps(values, allow_nan=False)  # the text "nan" is a float for pydantic
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
             raise BadCall(f"Wrong arguments of {name}: {'; '.join(faults)[:500]}.") from error
-        except ValueError as error:  # JSON cannot hold them
+        except (ValueError, RecursionError) as error:  # JSON cannot hold them
             raise BadCall(f"Wrong arguments of {name}: {error!s:.500}.") from error
         fields = sorted(checked.model_fields_set, key=list(type(checked).model_fields).index)
         return Call(name, {self._parameters[name][int(field[1:])]: values[field] for field in fields})

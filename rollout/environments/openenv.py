@@ -16,6 +16,7 @@ class OpenEnv:
 
     _url: str
     _client: Any = None
+    done: bool = False  # whether the server has ended the episode; so no tool has this name
 
     def reset(self, **columns: object) -> None:
         """Begin an episode, with the data's columns. Its seed is drawn from `random`: it follows the rollout's key."""

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
 from policies.anatomy import anatomy
 from policies.decoding import latent_cache
 from policies.decoding.absorbed import AbsorbedTrunk
 from policies.decoding.kernels import plain_attention
+from policies.policy import Policy
+from rollout.backends.hf import HFTrunk
 
 CONFIGS = {
     "plain": {},
@@ -107,6 +109,33 @@ def test_a_dense_model_is_counted_too():
     cache = model(torch.tensor([[3]]), use_cache=True).past_key_values
     assert counted.cache_numbers == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert flops(lambda: model(torch.tensor([[4]]), past_key_values=cache)) == counted.decode_flops
+
+
+def test_the_cache_of_mla_of_other_types_is_what_it_keeps():
+    """Their `head_dim` is that of the rotated part, and our cache holds keys and values expanded."""
+    config = DeepseekV2Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=12,
+        q_lora_rank=None,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        first_k_dense_replace=2,
+        attn_implementation="eager",
+    )
+    model = DeepseekV2ForCausalLM(config).eval()
+    counted = anatomy(config, 0, context=1, **LORA)
+    assert flops(lambda: model.model(torch.tensor([[3]]), use_cache=False)) == counted.prefill_flops
+    trunk = HFTrunk(Policy(model, None, None), torch.float32)
+    cache = trunk.cache(1, 3)
+    with torch.no_grad():
+        trunk(torch.tensor([[3, 4, 5]]), torch.arange(3)[None], cache)
+    assert counted.cache_numbers == sum(entries.numel() for entries in cache.layers.values()) / 3
 
 
 def test_layers_that_do_not_attend_fully_are_not_counted_as_if_they_did():

@@ -35,7 +35,7 @@ from grpo.config.run import LearningConfig, TrainConfig
 from grpo.learner.optimizer import freeze_exact_parts
 from grpo.source.policy_source import meta_policy, read_shape
 from policies import four_bit, lora
-from policies.anatomy import cache_numbers
+from policies.anatomy import cache_numbers, layer_numbers
 from policies.attention import PIECE
 from policies.decoding.linear import FixedLinear, will_block
 from policies.devices import device_of
@@ -248,8 +248,7 @@ def _entry(shape: PretrainedConfig) -> int:
         return numbers or 0
     kinds = getattr(shape, "layer_types", None) or []
     attending = sum("attention" in kind and "linear" not in kind for kind in kinds)
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    return attending * 2 * (getattr(shape, "num_key_value_heads", None) or heads) * width
+    return attending * layer_numbers(shape)
 
 
 def derived_bytes(policy: Policy, dtype: torch.dtype, device: torch.device) -> int:

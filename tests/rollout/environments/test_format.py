@@ -241,6 +241,48 @@ def test_a_tool_cannot_write_special_tokens(form):
     assert f"7{end[0]} {end[1:]}" in tokenizer.decode(attack)
 
 
+@pytest.mark.parametrize("name", ["bos_token", "unk_token"])
+def test_a_special_token_without_a_text_changes_no_result(name):
+    """Some files of tokenizers set `"bos_token": ""`, which every text contains between any two characters."""
+    tokenizer = chat_tokenizer()
+    expected = TurnFormat(tokenizer, [add]).reply([("add", "7 apples")])
+    setattr(tokenizer, name, "")
+    form = TurnFormat(tokenizer, [add])
+    assert "" in tokenizer.all_special_tokens
+    assert form.reply([("add", "7 apples")]) == expected
+    assert form.write(Turn("Seven."))[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"nan"', '{"a": [NaN]}'])
+def test_a_number_that_json_lacks_reaches_no_tool(value):
+    """Inside of an object it would become null, another argument than the model wrote."""
+
+    def measure(at: float | dict) -> str:
+        """Measures.
+
+        Args:
+            at: a place
+        """
+
+    for form in (TurnFormat(small_tokenizer(CORPUS), [measure, add]), TurnFormat(chat_tokenizer(), [measure, add])):
+        called = f'<<measure {{"at": {value}}}='
+        if not form.is_plain:
+            called = f'<tool_call>\n{{"name": "measure", "arguments": {{"at": {value}}}}}\n</tool_call>'
+        turn = read(form, called)
+        assert turn.calls == ()
+        assert turn.error.startswith("Wrong arguments of measure: ")
+
+
+def test_each_result_has_the_name_of_its_tool():
+    """Gemma 4's template takes the names of results from the calls, and finds these by their ids."""
+    special = {"eos_token": "<turn|>", "additional_special_tokens": ["<|turn>", "<|tool_response>"]}
+    tokenizer = chat_tokenizer("gemma4", **special)
+    form = TurnFormat(tokenizer, [calculate, add])
+    text = tokenizer.decode(form.reply([("calculate", "24"), ("add", "7"), ("add", "8")]))
+    shown = [part.partition("{")[0] for part in text.split("response:")[1:]]
+    assert shown == ["calculate", "add", "add"]
+
+
 def test_tools_and_forms_that_cannot_be_are_refused():
     def undescribed(a: int) -> int:
         return a

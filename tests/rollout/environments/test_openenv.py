@@ -83,7 +83,7 @@ def test_types_and_names_of_tools_are_those_of_the_server():
     assert "max-results" in refused.error
 
 
-@pytest.mark.parametrize("name", ["reset", "get_reward", "_call"])
+@pytest.mark.parametrize("name", ["reset", "get_reward", "_call", "done"])
 def test_a_tool_that_would_replace_a_method_of_the_environment_is_refused(monkeypatch, name):
     from rollout.environments import openenv
 
