@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -112,6 +112,13 @@ class _Path(BaseModel):
     tinker_path: str
 
 
+class _Numbered(BaseModel):
+    """The part of a request to a model without which it has no place among the others."""
+
+    model_id: str
+    seq_id: int = Field(ge=1)
+
+
 class _Api:
     def __init__(self, service: Service, door: Door) -> None:
         self.service, self.door = service, door
@@ -127,9 +134,24 @@ class _Api:
         return respond
 
     async def _read(self, request: Request, kind: type[Asked]) -> Asked:
-        asked = await self.door.read(request, lambda body: wire.understood(kind, body), MOST_SMALL)
+        def understand(body: bytes) -> Asked:
+            try:
+                return wire.understood(kind, body)
+            except ApiError as error:
+                self._keep_refusal(request, body, error)
+                raise
+
+        asked = await self.door.read(request, understand, MOST_SMALL)
         self._refuse_others(request, vars(asked))
         return asked
+
+    def _keep_refusal(self, request: Request, body: bytes, error: ApiError) -> None:
+        """Keep that a request to a model was refused, under its number. The SDK sends no other request with it, and
+        those with later numbers would wait for it."""
+        with suppress(ApiError):  # a body without a number has no place among the others
+            asked = wire.understood(_Numbered, body)
+            self._refuse_others(request, vars(asked))
+            self.service.ask(asked.model_id, asked.seq_id, "refused", str(error).encode())
 
     def _refuse_others(self, request: Request, named: Mapping[str, Any]) -> None:
         """Raises Unknown if something that is named belongs to another key."""

@@ -142,19 +142,23 @@ class Model:
         self.waiting: dict[int, Job] = {}
         self.spec: Spec | None = None
         self.learner: Learner | None = None
-        self.gradients_wait = False
         self.last = -1  # the last request that was handled, and when
         self.used_at = self.kept_at = time.monotonic()
-        self.loaded = -1  # the last request by which weights were loaded
         self.damage = ""  # why nothing more is computed
+
+    @property
+    def gradients_wait(self) -> bool:
+        return self.learner is not None and bool(self.learner.waiting)
 
 
 class SamplingSession:
     """What a sampling client has: weights, by their path, or the base's. `place` counts those of the same weights that
-    its session had before."""
+    its session had before. `written` is the request that wrote the weights, which tells them from later ones under the
+    same path; None for the base's, and for a sampler of version 0.2."""
 
-    def __init__(self, folder: Path, id_: str, path: str | None, place: int) -> None:
+    def __init__(self, folder: Path, id_: str, path: str | None, place: int, written: int | None = None) -> None:
         self.folder, self.id, self.files, self.path, self.place = folder, id_, Requests(folder), path, place
+        self.written = written
 
     def key(self, number: int) -> str:
         """Gives what the noise of a request depends on. Another session that asks the same in the same order gets the
@@ -228,18 +232,30 @@ class Service:
     def add_sampler(self, session: str, number: int, path: str | None) -> str:
         """A sampler of these weights; asked again with its number it is the same one."""
         check_number("sampling_session_seq_id", number)
+        written = None
         if path is not None:
-            self.folder_of(path)
+            written = _number(self.folder_of(path))
         id_ = f"{session}:sample:{number}"
         with self._mutex:
             if id_ not in self.samplers:
                 folder = self.folder / "samplers" / _file(id_)
                 of_session = [s for s in self.samplers.values() if s.id.startswith(f"{session}:") and s.path == path]
-                sampling = SamplingSession(folder, id_, path, len(of_session))
-                content = {"id": id_, "path": path, "place": sampling.place}
+                sampling = SamplingSession(folder, id_, path, len(of_session), written)
+                content = {"id": id_, "path": path, "place": sampling.place, "written": written}
                 write_file(folder / "sampler.json", json.dumps(content))
                 self.samplers[id_] = sampling
+            if (other := self.samplers[id_].path) != path:
+                raise Refused(f"sampling_session_seq_id={number}: it is a sampler of {other or 'the base'} already")
         return id_
+
+    def _weights_of(self, sampling: SamplingSession) -> Path | None:
+        """The folder of a sampler's weights; None for the base's. Raises Refused where others took their place."""
+        if sampling.path is None:
+            return None
+        folder = self.folder_of(sampling.path)
+        if sampling.written not in (None, _number(folder)):
+            raise Refused(f"path {sampling.path!r}: its weights are no longer those of this sampler; create another")
+        return folder
 
     def folder_of(self, path: str) -> Path:
         """The folder of weights that were saved. Raises Refused for a path that leads nowhere."""
@@ -269,7 +285,7 @@ class Service:
         return found
 
     def delete_checkpoint(self, model: Model, place: str) -> None:
-        shutil.rmtree(self.folder_of(f"{SCHEME}{model.id}/{place}"))
+        _remove(self.folder_of(f"{SCHEME}{model.id}/{place}"))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -342,10 +358,12 @@ class Service:
         """Take up what a service before has left. Raises ValueError, which names a damaged file."""
         for path in sorted((self.folder / "sessions").glob("*.json")):
             self.sessions[path.stem] = _brief(read_json(path))
+        waiting: list[Job] = []
         for folder in sorted((self.folder / "models").iterdir()):
             model = Model(folder, folder.name.replace(".", ":"))
             self.models[model.id] = model
-            tidy(folder)
+            for part in (folder, folder / "weights", folder / "sampler_weights"):
+                tidy(part)
             if (folder / "spec.json").is_file():
                 model.spec = spec_in(folder)
             if (folder / "state" / "spec.json").is_file():
@@ -356,13 +374,15 @@ class Service:
                     self._finished(Job(model, number, ""))
             for number, kind, size in model.files.stored():
                 if number >= model.next:
-                    job = Job(model, number, kind, size, again=number in finished)
-                    if job.again:
-                        job.done.set()
-                    self._enter(job)
+                    waiting.append(Job(model, number, kind, size, again=number in finished))
+        # What is done again comes first: those models were in memory together, and no new gradient takes their room.
+        for job in sorted(waiting, key=lambda job: not job.again):
+            if job.again:
+                job.done.set()
+            self._enter(job)
         for folder in sorted(path.parent for path in (self.folder / "samplers").glob("*/sampler.json")):
             content = read_json(folder / "sampler.json")
-            sampling = SamplingSession(folder, content["id"], content["path"], content["place"])
+            sampling = SamplingSession(folder, content["id"], content["path"], content["place"], content.get("written"))
             self.samplers[sampling.id] = sampling
             for number in _numbers(sampling.files.results):
                 self._finished(Job(sampling, number, ""))
@@ -434,7 +454,10 @@ class Service:
         assert isinstance(sampling, SamplingSession)
         request, base = json.loads(job.body()), self.base
         asked = sampler.read(request, sampling.key(job.number), base.stop_token_ids, base.max_length)
-        self.sampler.hold_weights(sampling.id, None if sampling.path is None else self.folder_of(sampling.path))
+        try:
+            self.sampler.hold_weights(sampling.id, self._weights_of(sampling))
+        except FileNotFoundError:
+            raise Refused(f"path {sampling.path!r}: its weights were deleted while they were read") from None
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
             waiting = [other.number - 1 for other in self._samples if other.owner is sampling]
@@ -458,13 +481,12 @@ class Service:
         answer = act(model, job, body)
         return ("pb", answer) if isinstance(answer, bytes) else ("json", json.dumps(answer).encode())
 
+    def _refused(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
+        raise Refused(body.decode())
+
     def _create_model(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
         request = json.loads(body)
-        if (name := request["base_model"]) != self.name:
-            raise Refused(f"base_model={name!r:.80}: this server has {self.name!r}")
-        family = request.get("optimizer_config", {}).get("type", "adamw")
-        if family != "adamw":
-            raise Refused(f"optimizer_config.type={family!r:.40}: this server has adamw")
+        self._check_new(request)
         lora = dict(request.get("lora_config") or {"rank": 0})
         lora["seed"] = int(model.id.rpartition(":")[2]) if lora.get("seed") is None else lora["seed"]
         most = max(64, self.base.trunk.get_input_embeddings().embedding_dim)  # of no use above
@@ -475,6 +497,13 @@ class Service:
         self._begin(model, Spec(**lora))
         return {"model_id": model.id, "type": "create_model"}
 
+    def _check_new(self, request: Mapping[str, Any]) -> None:
+        """Raises Refused for a model of another base or with another optimizer."""
+        if (name := request.get("base_model", self.name)) != self.name:
+            raise Refused(f"base_model={name!r:.80}: this server has {self.name!r}")
+        if (family := request.get("optimizer_config", {}).get("type", "adamw")) != "adamw":
+            raise Refused(f"optimizer_config.type={family!r:.40}: this server has adamw")
+
     def _begin(self, model: Model, spec: Spec) -> None:
         self._make_room(model)
         model.learner, model.spec = learner_of(self.base, spec), spec
@@ -482,33 +511,28 @@ class Service:
 
     def _load_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
         request = json.loads(body)
-        if request.get("base_model") not in (None, self.name):
-            raise Refused(f"base_model={request['base_model']!r:.80}: this server has {self.name!r}")
+        self._check_new(request)
         folder = self.folder_of(request["path"])
         tensors = tensors_of(folder)
+        if request["optimizer"] and "optimizer" not in tensors:
+            raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
         if job.number == 0:
             self._begin(model, spec_in(folder))
         assert model.learner is not None
-        if request["optimizer"] and "optimizer" not in tensors:
-            raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
         load_state(model.learner, tensors, optimizer=request["optimizer"])
-        model.loaded, model.gradients_wait = job.number, False
         return {"path": request["path"], "type": "load_weights"}
 
     def _forward_backward(self, model: Model, job: Job, body: bytes) -> dict[str, Any] | bytes:
         request = wire.read_forward_backward(body)
         if job.again and not request.backward:
             return {}
-        outputs = forward_backward(self._learner(model), request)
-        model.gradients_wait = model.gradients_wait or request.backward
-        return wire.write_outputs(outputs)
+        return wire.write_outputs(forward_backward(self._learner(model), request))
 
     def _optim_step(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
         request = json.loads(body)
         if "adam_params" not in request:
             raise Refused("optimizer_params: this server has AdamW; send adam_params")
         metrics = optim_step(self._learner(model), request["adam_params"])
-        model.gradients_wait = False
         return {"metrics": metrics, "type": "optim_step"}
 
     def _save_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
@@ -528,7 +552,7 @@ class Service:
         unnamed = sorted((model.folder / "sampler_weights").glob("@*"))
         for folder in unnamed[:-UNNAMED]:
             self._release(f"{SCHEME}{model.id}/sampler_weights/{folder.name}")
-            shutil.rmtree(folder)
+            _remove(folder)
         return {"sampling_session_id": id_, "type": "save_weights_for_sampler"}
 
     def _release(self, path: str) -> None:
@@ -575,12 +599,12 @@ class Service:
             (partial / "spec.json").write_text(json.dumps(model.spec.to_json() | {"number": number} | sums))
 
     def _keep_state(self, model: Model, job: Job) -> None:
-        """Keep what is trained now and then, where no gradient waits; and at once what was loaded, since its folder may
-        change."""
-        is_loaded = job.kind == "load_weights" and model.loaded == job.number
-        if model.learner is None or not (is_loaded or job.kind == "optim_step"):
+        """Keep what is trained every KEEP_STATE_S, and at once what was loaded, since its folder may change. A state
+        has no gradients, so nothing is kept while some wait, as they do after a refused step."""
+        if model.learner is None or model.gradients_wait:
             return
-        if is_loaded or time.monotonic() - model.kept_at > KEEP_STATE_S:
+        is_due = job.kind == "optim_step" and time.monotonic() - model.kept_at > KEEP_STATE_S
+        if is_due or job.kind == "load_weights":
             self._keep(model)
 
     def _keep(self, model: Model) -> None:
@@ -634,6 +658,12 @@ def _found(things: Mapping[str, Thing], id_: str) -> Thing:
 def _number(folder: Path) -> int:
     """The number of the request after which these weights were written."""
     return int(read_json(folder / "spec.json")["number"])
+
+
+def _remove(folder: Path) -> None:
+    """Remove weights, all of them or nothing: no other service finds a part of them."""
+    removed = folder.rename(folder.with_name(f".{folder.name}.removed"))
+    shutil.rmtree(removed)
 
 
 def _keep(path: Path, content: bytes) -> None:
