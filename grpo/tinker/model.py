@@ -6,8 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +37,6 @@ class Spec:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def build(self, base: Policy) -> Policy:
         """A policy to be trained, whose frozen weights are those of `base`. Raises Refused where nothing would learn.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -54,12 +54,12 @@ class ForwardBackward:
     backward: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outputs:
     """What came out, by datum in the order of the request, and metrics whose names end in how chunks are reduced."""
 
-    by_datum: list[dict[str, Tensor]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    by_datum: list[dict[str, Tensor]]
+    metrics: dict[str, float]
 
 
 def understood(kind: type[Asked], body: bytes) -> Asked:
