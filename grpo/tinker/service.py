@@ -88,9 +88,12 @@ class Job:
 
     def read(self) -> tuple[str, bytes]:
         """The result, once it is there: a protobuf message, or JSON. Raises Unknown where it is no longer kept."""
-        if (found := self.result or self.owner.files.result(self.number)) is None:
-            raise Unknown(f"request {self.request_id}: its result is no longer kept")
-        return found
+        if self.result is not None:
+            return self.result
+        for form in ("pb", "json"):
+            with suppress(FileNotFoundError):
+                return form, _content(self.owner.files.results / f"{self.number:08d}.{form}")
+        raise Unknown(f"request {self.request_id}: its result is no longer kept")
 
 
 class Requests:
@@ -111,12 +114,6 @@ class Requests:
     def stored(self) -> list[tuple[int, str, int]]:
         """Returns the numbers, kinds and sizes of what was asked, in order."""
         return [(number, path.name.split(".")[1], path.stat().st_size) for number, path in _numbered(self.requests)]
-
-    def result(self, number: int) -> tuple[str, bytes] | None:
-        for form in ("pb", "json"):
-            with suppress(FileNotFoundError):
-                return form, _content(self.results / f"{number:08d}.{form}")
-        return None
 
     def remove(self, number: int) -> None:
         """Remove a request and its result."""
@@ -396,11 +393,13 @@ class Service:
 
     def _finished(self, owner: Model | SamplingSession) -> set[int]:
         """The numbers of the requests whose results are there; they can be asked for from now on."""
-        jobs = [Job(owner, number, "") for number, _ in _numbered(owner.files.results)]
-        for job in jobs:
+        finished = set()
+        for number, _ in _numbered(owner.files.results):
+            job = Job(owner, number, "")
             job.done.set()
             self.jobs[job.request_id] = job
-        return {job.number for job in jobs}
+            finished.add(number)
+        return finished
 
     # ---- the two threads -----------------------------------------------------------------------------------------
 
@@ -526,8 +525,7 @@ class Service:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
         if job.number == 0:
             self._begin(model, spec_in(folder))
-        assert model.learner is not None
-        load_state(model.learner, tensors, optimizer=request["optimizer"])
+        load_state(self._learner(model), tensors, optimizer=request["optimizer"])
         return {"path": request["path"]}
 
     def _forward_backward(self, model: Model, job: Job, body: bytes) -> bytes:
@@ -561,11 +559,11 @@ class Service:
     def _release(self, path: str) -> None:
         """Remove what samplers of these weights were asked, and its results."""
         with self._mutex:
-            owners = {sampling.id for sampling in self.samplers.values() if sampling.path == path}
             for job in list(self.jobs.values()):
-                if job.owner.id in owners and job.done.is_set():
+                is_of_path = isinstance(job.owner, SamplingSession) and job.owner.path == path
+                if is_of_path and job.done.is_set():
                     job.owner.files.remove(job.number)
-                    self.jobs.pop(job.request_id, None)
+                    del self.jobs[job.request_id]
 
     def _save(self, model: Model, job: Job, part: str, name: str, request: Mapping[str, Any]) -> str:
         """Save weights, and for `weights` AdamW's moments, under a name; return their path."""

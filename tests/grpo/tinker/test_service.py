@@ -571,6 +571,7 @@ def test_models_that_cannot_be_are_refused_and_say_so_later(service):
         body = json.dumps({"optimizer": True} | changes).encode()
         assert words in error(service.ask(model, 0, "load_weights", body))
         assert "could not be made" in error(service.ask(model, 1, "optim_step", step))
+        assert "could not be made" in error(service.ask(model, 2, "load_weights", loads(paths[0])))
 
 
 def test_what_is_not_there_is_named(service):
