@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,27 @@ def main() -> None:
     parser.add_argument("--loss", default="importance_sampling")
     parser.add_argument("--data", choices=["gsm8k", "words"], default="gsm8k")
     parser.add_argument("--renderer", default="role_colon")
-    parser.add_argument("--folder", default="runs/cookbook")
+    parser.add_argument("--folder", help="by default a new one in runs/cookbook; in a former one the recipe resumes")
     parser.add_argument("options", nargs="*", help="of the recipe's Config, such as batch_size=8")
     args = parser.parse_intermixed_args()
+    for name in ("TINKER_BASE_URL", "TINKER_API_KEY"):
+        if name not in os.environ:
+            parser.error(f"{name} is not set; `quartet serve --train FOLDER` prints it when it listens")
+    folder = args.folder or f"runs/cookbook/{args.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     import datasets
     from tinker_cookbook import model_info
 
     datasets.load_dataset = local_data(args.data)
     model_info.get_recommended_renderer_name = lambda name: args.renderer
     recipe = importlib.import_module(f"tinker_cookbook.recipes.{args.recipe}")
-    changes: dict[str, Any] = {"model_name": args.model, "log_path": args.folder, "max_steps": args.steps}
+    changes: dict[str, Any] = {"model_name": args.model, "log_path": folder, "max_steps": args.steps}
     if args.recipe == "rl_loop":
         changes["loss_fn"] = args.loss
     for option in args.options:
         name, _, value = option.partition("=")
         changes[name] = json.loads(value)
     recipe.main(recipe.Config(**changes))
-    path = Path(args.folder) / "metrics.jsonl"
+    path = Path(folder) / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     name = "reward/total" if args.recipe == "rl_loop" else "train_mean_nll"
     print(f"{name}: " + " ".join(f"{line[name]:.3f}" for line in lines), file=sys.stderr)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -42,7 +43,9 @@ CONSTANT: dict[str, dict[str, Any]] = {
     "telemetry": {"status": "accepted"},  # and not looked at
     "sessions/{session}/finish": {},
 }
-LATER: dict[str, type[BaseModel]] = {
+OF_MODEL: dict[str, type[BaseModel]] = {
+    "create_model": types.CreateModelRequest,
+    "load_weights": types.LoadWeightsRequest,
     "optim_step": types.OptimStepRequest,
     "save_weights": types.SaveWeightsRequest,
     "save_weights_for_sampler": types.SaveWeightsForSamplerRequest,
@@ -63,8 +66,6 @@ def app(service: Service, keys: Sequence[str] = ()) -> Starlette:
     acts: dict[str, Act] = {
         "POST create_session": api.create_session,
         "POST session_heartbeat": api.heartbeat,
-        "POST create_model": api.create_model,
-        "POST load_weights": api.load_weights,
         "POST get_info": api.get_info,
         "POST forward_backward": api.forward_backward,
         "POST create_sampling_session": api.create_sampling_session,
@@ -80,7 +81,7 @@ def app(service: Service, keys: Sequence[str] = ()) -> Starlette:
         "DELETE training_runs/{run}/checkpoints/{place:path}": api.delete_checkpoint,
     }
     acts |= {f"POST {path}": constant(content) for path, content in CONSTANT.items()}
-    acts |= {f"POST {kind}": api.later(kind, body) for kind, body in LATER.items()}
+    acts |= {f"POST {kind}": api.of_model(kind, body) for kind, body in OF_MODEL.items()}
     routes = []
     for name, act in acts.items():
         method, path = name.split()
@@ -112,6 +113,21 @@ class _Path(BaseModel):
     tinker_path: str
 
 
+class _Numbered(BaseModel):
+    """The part of a request to a model without which it has no place among the others."""
+
+    model_id: str
+    seq_id: int = Field(ge=1)
+
+
+def _place_of(asked: Any) -> tuple[str, int]:
+    """The model of a request and its number there. Number 0 makes the model, and names it by its session."""
+    if getattr(asked, "session_id", None) is not None:
+        number = check_number("model_seq_id", asked.model_seq_id or 0)
+        return f"{asked.session_id}:train:{number}", 0
+    return asked.model_id, check_number("seq_id", asked.seq_id, 1)
+
+
 class _Api:
     def __init__(self, service: Service, door: Door) -> None:
         self.service, self.door = service, door
@@ -127,9 +143,24 @@ class _Api:
         return respond
 
     async def _read(self, request: Request, kind: type[Asked]) -> Asked:
-        asked = await self.door.read(request, lambda body: wire.understood(kind, body), MOST_SMALL)
+        def understand(body: bytes) -> Asked:
+            try:
+                return wire.understood(kind, body)
+            except ApiError as error:
+                self._keep_refusal(request, body, error)
+                raise
+
+        asked = await self.door.read(request, understand, MOST_SMALL)
         self._refuse_others(request, vars(asked))
         return asked
+
+    def _keep_refusal(self, request: Request, body: bytes, error: ApiError) -> None:
+        """Keep that a request to a model was refused, under its number. The SDK sends no other request with it, and
+        those with later numbers would wait for it."""
+        with suppress(ApiError):  # a body without a number has no place among the others
+            asked = wire.understood(_Numbered, body)
+            self._refuse_others(request, vars(asked))
+            self.service.ask(asked.model_id, asked.seq_id, "refused", json.dumps({"error": str(error)}).encode())
 
     def _refuse_others(self, request: Request, named: Mapping[str, Any]) -> None:
         """Raises Unknown if something that is named belongs to another key."""
@@ -159,46 +190,25 @@ class _Api:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    async def create_model(self, request: Request) -> Job:
-        asked = await self._read(request, types.CreateModelRequest)
-        return await self._ask(self._id(asked.session_id, asked.model_seq_id), 0, "create_model", asked)
+    def of_model(self, kind: str, body: type[BaseModel]) -> Act:
+        """Returns what asks a model for something of this kind."""
 
-    async def load_weights(self, request: Request) -> Job:
-        asked = await self._read(request, types.LoadWeightsRequest)
-        if asked.session_id is not None:
-            return await self._ask(self._id(asked.session_id, asked.model_seq_id or 0), 0, "load_weights", asked)
-        return await self._ask_later(asked, "load_weights")
+        async def act(request: Request) -> Job:
+            asked = await self._read(request, body)
+            model_id, number = _place_of(asked)
+            content = asked.model_dump_json(exclude_none=True).encode()
+            return await asyncio.to_thread(self.service.ask, model_id, number, kind, content)
+
+        return act
 
     async def forward_backward(self, request: Request) -> Job:
         def ask(body: bytes) -> Job:
             asked = wire.message_of(body)  # the result tells of wrong data
             self._refuse_others(request, {"model_id": asked.model_id})
-            if asked.seq_id < 1:
-                raise Refused(f"seq_id={asked.seq_id}: number the requests of a model from 1 on")
-            return self.service.ask(asked.model_id, asked.seq_id, "forward_backward", body)
+            number = check_number("seq_id", asked.seq_id, 1)
+            return self.service.ask(asked.model_id, number, "forward_backward", body)
 
         return await self.door.read(request, ask, MOST_DATA)
-
-    def _id(self, session: str, number: int) -> str:
-        check_number("model_seq_id", number)
-        return f"{session}:train:{number}"
-
-    def later(self, kind: str, body: type[BaseModel]) -> Act:
-        """Returns what asks a model that is there for something of this kind."""
-
-        async def act(request: Request) -> Job:
-            return await self._ask_later(await self._read(request, body), kind)
-
-        return act
-
-    async def _ask_later(self, asked: Any, kind: str) -> Job:
-        if asked.seq_id is None or asked.seq_id < 1:
-            raise Refused(f"seq_id={asked.seq_id}: number the requests of a model from 1 on")
-        return await self._ask(asked.model_id, asked.seq_id, kind, asked)
-
-    async def _ask(self, model_id: str, number: int, kind: str, asked: BaseModel) -> Job:
-        body = asked.model_dump_json(exclude_none=True).encode()
-        return await asyncio.to_thread(self.service.ask, model_id, number, kind, body)
 
     async def get_info(self, request: Request) -> dict[str, Any]:
         asked = await self._read(request, types.GetInfoRequest)

@@ -38,11 +38,11 @@ def loss_of(name: str, settings: Mapping[str, float | str]) -> TokenLoss:
     """The loss of this name with its settings. Raises Refused for another name, or a setting that it does not have."""
     if name not in LOSSES:
         why = UNPUBLISHED.get(name, f"there is none of this name; use {', '.join(LOSSES)}")
-        raise Refused(f"loss_fn={name!r}: {why}")
+        raise Refused(f"loss_fn={name!r:.80}: {why}")
     numbers: dict[str, float] = {}
     for key, value in settings.items():
         if why := fault_of(name, key, value):
-            raise Refused(f"loss_fn_config[{key!r}]={value!r}: {why}")
+            raise Refused(f"loss_fn_config[{key!r:.80}]={value!r:.80}: {why}")
         numbers[key] = float(value)
     return TokenLoss(name, **numbers)
 
@@ -63,9 +63,9 @@ def check_datum(datum: Datum, place: int, name: str, vocabulary: int, context: i
         datum.inputs["weights"] = torch.ones(targets.shape)
     for key, value in datum.inputs.items():
         if key not in (*wanted, "target_tokens"):
-            raise Refused(f"data[{place}].loss_fn_inputs[{key!r}]: {name} reads target_tokens, {', '.join(wanted)}")
+            raise Refused(f"data[{place}].loss_fn_inputs[{key!r:.80}]: {name} reads target_tokens, {', '.join(wanted)}")
         if value.shape != targets.shape:
-            raise Refused(f"data[{place}].{key} is {list(value.shape)}, and target_tokens is {list(targets.shape)}")
+            raise Refused(f"data[{place}].{key} is {list(value.shape)!s:.80}, target_tokens is {list(targets.shape)}")
         if not torch.isfinite(value).all():
             raise Refused(f"data[{place}].{key} has a number that is not finite")
     for key in wanted:

@@ -6,8 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from policies.policy import Policy
 
 ALPHA = 32.0  # of every adapter, whose product is scaled by ALPHA / rank, as Tinker's are
 OPTIONS = LearnerOptions(learning_rate=1.0)  # requests bring their rates
+LEAST_EPS = 1e-30  # a smaller one may be 0 in float32
 _DRAWS = threading.Lock()  # the first values of adapters are drawn from the generator of the process
 
 
@@ -37,9 +37,6 @@ class Spec:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def build(self, base: Policy) -> Policy:
         """A policy to be trained, whose frozen weights are those of `base`. Raises Refused where nothing would learn.
@@ -122,6 +119,8 @@ def optim_step(learner: Learner, params: Mapping[str, float]) -> dict[str, float
     for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
         if not (math.isfinite(params[name]) and params[name] >= 0):
             raise Refused(f"adam_params.{name}={params[name]}: use a finite number, 0 or more")
+    if params["eps"] < LEAST_EPS:
+        raise Refused(f"adam_params.eps={params['eps']}: use {LEAST_EPS} or more; weights without gradient become NaN")
     for name in ("beta1", "beta2"):
         if not 0 <= params[name] < 1:
             raise Refused(f"adam_params.{name}={params[name]}: use a number from 0, and below 1")

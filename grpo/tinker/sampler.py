@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def _check(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
 def spec_in(folder: Path) -> Spec:
     """What the policy is that is kept in a folder."""
     content = read_json(folder / "spec.json")
-    return Spec(**{name: content[name] for name in Spec().to_json()})
+    return Spec(**{field.name: content[field.name] for field in fields(Spec)})
 
 
 class Sampler:
@@ -145,7 +145,7 @@ class Sampler:
                 f"the context is {context} tokens: the prompt has {len(asked.prompt)}, and max_tokens is {limit}"
             )
         prompt = Prompt(asked.key, "", asked.prompt)
-        params = SamplingParams(**{**vars(asked.params), "max_completion_tokens": limit})
+        params = replace(asked.params, max_completion_tokens=limit)
         try:
             [group] = self.engine.sample([prompt], params)
         except (RolloutError, ValueError) as error:

@@ -25,7 +25,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -88,9 +88,12 @@ class Job:
 
     def read(self) -> tuple[str, bytes]:
         """The result, once it is there: a protobuf message, or JSON. Raises Unknown where it is no longer kept."""
-        if (found := self.result or self.owner.files.result(self.number)) is None:
-            raise Unknown(f"request {self.request_id}: its result is no longer kept")
-        return found
+        if self.result is not None:
+            return self.result
+        for form in ("pb", "json"):
+            with suppress(FileNotFoundError):
+                return form, _content(self.owner.files.results / f"{self.number:08d}.{form}")
+        raise Unknown(f"request {self.request_id}: its result is no longer kept")
 
 
 class Requests:
@@ -110,14 +113,7 @@ class Requests:
 
     def stored(self) -> list[tuple[int, str, int]]:
         """Returns the numbers, kinds and sizes of what was asked, in order."""
-        paths = sorted(path for path in self.requests.iterdir() if not path.name.startswith("."))
-        return [(_number_of(path), path.name.split(".")[1], path.stat().st_size) for path in paths]
-
-    def result(self, number: int) -> tuple[str, bytes] | None:
-        for form in ("pb", "json"):
-            with suppress(FileNotFoundError):
-                return form, _content(self.results / f"{number:08d}.{form}")
-        return None
+        return [(number, path.name.split(".")[1], path.stat().st_size) for number, path in _numbered(self.requests)]
 
     def remove(self, number: int) -> None:
         """Remove a request and its result."""
@@ -128,8 +124,8 @@ class Requests:
     def forget(self, number: int) -> None:
         """Remove requests up to this one, and results long before it."""
         for folder, last in ((self.requests, number), (self.results, number - RESULTS)):
-            for path in folder.iterdir():
-                if path.name[:8].isdigit() and _number_of(path) <= last:
+            for known, path in _numbered(folder):
+                if known <= last:
                     path.unlink()
 
 
@@ -142,19 +138,32 @@ class Model:
         self.waiting: dict[int, Job] = {}
         self.spec: Spec | None = None
         self.learner: Learner | None = None
-        self.gradients_wait = False
         self.last = -1  # the last request that was handled, and when
         self.used_at = self.kept_at = time.monotonic()
-        self.loaded = -1  # the last request by which weights were loaded
         self.damage = ""  # why nothing more is computed
 
+    def path_of(self, part: str, name: str) -> str:
+        return f"{SCHEME}{self.id}/{part}/{name}"
 
+    @property
+    def gradients_wait(self) -> bool:
+        return self.learner is not None and bool(self.learner.waiting)
+
+
+@dataclass(eq=False)
 class SamplingSession:
     """What a sampling client has: weights, by their path, or the base's. `place` counts those of the same weights that
-    its session had before."""
+    its session had before. `written` is the request that wrote the weights, which tells them from later ones under the
+    same path; None for the base's, and for a sampler of version 0.2."""
 
-    def __init__(self, folder: Path, id_: str, path: str | None, place: int) -> None:
-        self.folder, self.id, self.files, self.path, self.place = folder, id_, Requests(folder), path, place
+    folder: Path
+    id: str
+    path: str | None
+    place: int
+    written: int | None = None
+
+    def __post_init__(self) -> None:
+        self.files = Requests(self.folder)
 
     def key(self, number: int) -> str:
         """Gives what the noise of a request depends on. Another session that asks the same in the same order gets the
@@ -228,18 +237,30 @@ class Service:
     def add_sampler(self, session: str, number: int, path: str | None) -> str:
         """A sampler of these weights; asked again with its number it is the same one."""
         check_number("sampling_session_seq_id", number)
+        written = None
         if path is not None:
-            self.folder_of(path)
+            written = _number(self.folder_of(path))
         id_ = f"{session}:sample:{number}"
         with self._mutex:
             if id_ not in self.samplers:
-                folder = self.folder / "samplers" / _file(id_)
+                folder = self.folder / "samplers" / id_.replace(":", ".")
                 of_session = [s for s in self.samplers.values() if s.id.startswith(f"{session}:") and s.path == path]
-                sampling = SamplingSession(folder, id_, path, len(of_session))
-                content = {"id": id_, "path": path, "place": sampling.place}
+                sampling = SamplingSession(folder, id_, path, len(of_session), written)
+                content = {"id": id_, "path": path, "place": sampling.place, "written": written}
                 write_file(folder / "sampler.json", json.dumps(content))
                 self.samplers[id_] = sampling
+            if (other := self.samplers[id_].path) != path:
+                raise Refused(f"sampling_session_seq_id={number}: it is a sampler of {other or 'the base'} already")
         return id_
+
+    def _weights_of(self, sampling: SamplingSession) -> Path | None:
+        """The folder of a sampler's weights; None for the base's. Raises Refused where others took their place."""
+        if sampling.path is None:
+            return None
+        folder = self.folder_of(sampling.path)
+        if sampling.written not in (None, _number(folder)):
+            raise Refused(f"path {sampling.path!r}: its weights are no longer those of this sampler; create another")
+        return folder
 
     def folder_of(self, path: str) -> Path:
         """The folder of weights that were saved. Raises Refused for a path that leads nowhere."""
@@ -256,20 +277,23 @@ class Service:
         """What is saved of a model under names, as Tinker's Checkpoint has it."""
         found = []
         for part, kind in (("weights", "training"), ("sampler_weights", "sampler")):
-            folder = model.folder / part
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            for path in sorted((model.folder / part).glob("*")):
                 if NAME.fullmatch(path.name):
                     size = sum(file.stat().st_size for file in path.iterdir())
                     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(path.stat().st_mtime))
-                    place = f"{part}/{path.name}"
                     found.append(
-                        {"checkpoint_id": place, "checkpoint_type": kind, "time": at, "size_bytes": size}
-                        | {"tinker_path": f"{SCHEME}{model.id}/{place}"}
+                        {
+                            "checkpoint_id": f"{part}/{path.name}",
+                            "checkpoint_type": kind,
+                            "time": at,
+                            "size_bytes": size,
+                            "tinker_path": model.path_of(part, path.name),
+                        }
                     )
         return found
 
     def delete_checkpoint(self, model: Model, place: str) -> None:
-        shutil.rmtree(self.folder_of(f"{SCHEME}{model.id}/{place}"))
+        _remove(self.folder_of(f"{SCHEME}{model.id}/{place}"))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -287,7 +311,7 @@ class Service:
             if not is_missing:  # others wait for this one: without it they would wait for ever
                 self._admit(model_id, len(body))
             if model is None:
-                model = self.models[model_id] = Model(self.folder / "models" / _file(model_id), model_id)
+                model = self.models[model_id] = Model(self.folder / "models" / model_id.replace(":", "."), model_id)
             model.files.keep_request(number, kind, body)
             return self._enter(Job(model, number, kind, len(body)))
 
@@ -328,51 +352,54 @@ class Service:
             if isinstance(job.owner, SamplingSession):
                 self._samples.append(job)
                 self._wakes.notify()
-            else:
-                self._enter_model(job.owner, job)
-        return job
-
-    def _enter_model(self, model: Model, job: Job) -> None:
-        model.waiting[job.number] = job
-        while (ready := model.waiting.pop(model.next, None)) is not None:
-            model.next += 1
-            self._training.put(ready)
+                return job
+            model = job.owner
+            model.waiting[job.number] = job
+            while (ready := model.waiting.pop(model.next, None)) is not None:
+                model.next += 1
+                self._training.put(ready)
+            return job
 
     def _recover(self) -> None:
         """Take up what a service before has left. Raises ValueError, which names a damaged file."""
         for path in sorted((self.folder / "sessions").glob("*.json")):
             self.sessions[path.stem] = _brief(read_json(path))
+        waiting: list[Job] = []
         for folder in sorted((self.folder / "models").iterdir()):
             model = Model(folder, folder.name.replace(".", ":"))
             self.models[model.id] = model
-            tidy(folder)
+            for part in (folder, folder / "weights", folder / "sampler_weights"):
+                tidy(part)
             if (folder / "spec.json").is_file():
                 model.spec = spec_in(folder)
             if (folder / "state" / "spec.json").is_file():
                 model.next = _number(folder / "state") + 1
-            finished = set(_numbers(model.files.results))
-            for number in finished:
-                if number < model.next:
-                    self._finished(Job(model, number, ""))
+            finished = self._finished(model)
             for number, kind, size in model.files.stored():
                 if number >= model.next:
-                    job = Job(model, number, kind, size, again=number in finished)
-                    if job.again:
-                        job.done.set()
-                    self._enter(job)
+                    waiting.append(Job(model, number, kind, size, again=number in finished))
+        # What is done again comes first: those models were in memory together, and no new gradient takes their room.
+        for job in sorted(waiting, key=lambda job: not job.again):
+            if job.again:
+                job.done.set()
+            self._enter(job)
         for folder in sorted(path.parent for path in (self.folder / "samplers").glob("*/sampler.json")):
-            content = read_json(folder / "sampler.json")
-            sampling = SamplingSession(folder, content["id"], content["path"], content["place"])
+            sampling = SamplingSession(folder, **read_json(folder / "sampler.json"))
             self.samplers[sampling.id] = sampling
-            for number in _numbers(sampling.files.results):
-                self._finished(Job(sampling, number, ""))
+            finished = self._finished(sampling)
             for number, kind, size in sampling.files.stored():
-                if f"{sampling.id}:{number}" not in self.jobs:
+                if number not in finished:
                     self._enter(Job(sampling, number, kind, size))
 
-    def _finished(self, job: Job) -> None:
-        job.done.set()
-        self.jobs[job.request_id] = job
+    def _finished(self, owner: Model | SamplingSession) -> set[int]:
+        """The numbers of the requests whose results are there; they can be asked for from now on."""
+        finished = set()
+        for number, _ in _numbered(owner.files.results):
+            job = Job(owner, number, "")
+            job.done.set()
+            self.jobs[job.request_id] = job
+            finished.add(number)
+        return finished
 
     # ---- the two threads -----------------------------------------------------------------------------------------
 
@@ -434,19 +461,21 @@ class Service:
         assert isinstance(sampling, SamplingSession)
         request, base = json.loads(job.body()), self.base
         asked = sampler.read(request, sampling.key(job.number), base.stop_token_ids, base.max_length)
-        self.sampler.hold_weights(sampling.id, None if sampling.path is None else self.folder_of(sampling.path))
+        try:
+            self.sampler.hold_weights(sampling.id, self._weights_of(sampling))
+        except FileNotFoundError:
+            raise Refused(f"path {sampling.path!r}: its weights were deleted while they were read") from None
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
             waiting = [other.number - 1 for other in self._samples if other.owner is sampling]
-            old = _numbers(sampling.files.requests)[:-RESULTS]
+            old = _numbered(sampling.files.requests)[:-RESULTS]
             if old:
-                sampling.files.forget(min([old[-1], *waiting]))
+                sampling.files.forget(min([old[-1][0], *waiting]))
         return "pb", wire.write_samples(sequences, of_prompt)
 
     def _of_model(self, job: Job) -> tuple[str, bytes]:
         model = job.owner
         assert isinstance(model, Model)
-        act: Callable[[Model, Job, bytes], dict[str, Any] | bytes] = getattr(self, f"_{job.kind}")
         try:
             body = job.body()
         except Refused as error:
@@ -455,16 +484,17 @@ class Service:
             raise Refused(model.damage)
         if job.number > 0 and model.learner is None:
             self._restore(model)
-        answer = act(model, job, body)
-        return ("pb", answer) if isinstance(answer, bytes) else ("json", json.dumps(answer).encode())
+        if job.kind == "forward_backward":
+            return "pb", self._forward_backward(model, job, body)
+        act: Callable[[Model, Job, dict[str, Any]], dict[str, Any]] = getattr(self, f"_{job.kind}")
+        answer = act(model, job, json.loads(body))
+        return "json", json.dumps(answer | {"type": job.kind}).encode()
 
-    def _create_model(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
-        request = json.loads(body)
-        if (name := request["base_model"]) != self.name:
-            raise Refused(f"base_model={name!r:.80}: this server has {self.name!r}")
-        family = request.get("optimizer_config", {}).get("type", "adamw")
-        if family != "adamw":
-            raise Refused(f"optimizer_config.type={family!r:.40}: this server has adamw")
+    def _refused(self, model: Model, job: Job, request: dict[str, Any]) -> dict[str, Any]:
+        raise Refused(request["error"])
+
+    def _create_model(self, model: Model, job: Job, request: dict[str, Any]) -> dict[str, Any]:
+        self._check_new(request)
         lora = dict(request.get("lora_config") or {"rank": 0})
         lora["seed"] = int(model.id.rpartition(":")[2]) if lora.get("seed") is None else lora["seed"]
         most = max(64, self.base.trunk.get_input_embeddings().embedding_dim)  # of no use above
@@ -473,89 +503,81 @@ class Service:
         if not 0 <= lora["seed"] < 1 << 63:
             raise Refused(f"lora_config.seed={lora['seed']}: use 0 to {(1 << 63) - 1}")
         self._begin(model, Spec(**lora))
-        return {"model_id": model.id, "type": "create_model"}
+        return {"model_id": model.id}
+
+    def _check_new(self, request: Mapping[str, Any]) -> None:
+        """Raises Refused for a model of another base or with another optimizer."""
+        if (name := request.get("base_model", self.name)) != self.name:
+            raise Refused(f"base_model={name!r:.80}: this server has {self.name!r}")
+        if (family := request.get("optimizer_config", {}).get("type", "adamw")) != "adamw":
+            raise Refused(f"optimizer_config.type={family!r:.40}: this server has adamw")
 
     def _begin(self, model: Model, spec: Spec) -> None:
         self._make_room(model)
         model.learner, model.spec = learner_of(self.base, spec), spec
-        write_file(model.folder / "spec.json", json.dumps(spec.to_json()))
+        write_file(model.folder / "spec.json", json.dumps(asdict(spec)))
 
-    def _load_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
-        request = json.loads(body)
-        if request.get("base_model") not in (None, self.name):
-            raise Refused(f"base_model={request['base_model']!r:.80}: this server has {self.name!r}")
+    def _load_weights(self, model: Model, job: Job, request: dict[str, Any]) -> dict[str, Any]:
+        self._check_new(request)
         folder = self.folder_of(request["path"])
         tensors = tensors_of(folder)
-        if job.number == 0:
-            self._begin(model, spec_in(folder))
-        assert model.learner is not None
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
-        load_state(model.learner, tensors, optimizer=request["optimizer"])
-        model.loaded, model.gradients_wait = job.number, False
-        return {"path": request["path"], "type": "load_weights"}
+        if job.number == 0:
+            self._begin(model, spec_in(folder))
+        load_state(self._learner(model), tensors, optimizer=request["optimizer"])
+        return {"path": request["path"]}
 
-    def _forward_backward(self, model: Model, job: Job, body: bytes) -> dict[str, Any] | bytes:
+    def _forward_backward(self, model: Model, job: Job, body: bytes) -> bytes:
         request = wire.read_forward_backward(body)
         if job.again and not request.backward:
-            return {}
-        outputs = forward_backward(self._learner(model), request)
-        model.gradients_wait = model.gradients_wait or request.backward
-        return wire.write_outputs(outputs)
+            return b""
+        return wire.write_outputs(forward_backward(self._learner(model), request))
 
-    def _optim_step(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
-        request = json.loads(body)
+    def _optim_step(self, model: Model, job: Job, request: dict[str, Any]) -> dict[str, Any]:
         if "adam_params" not in request:
             raise Refused("optimizer_params: this server has AdamW; send adam_params")
-        metrics = optim_step(self._learner(model), request["adam_params"])
-        model.gradients_wait = False
-        return {"metrics": metrics, "type": "optim_step"}
+        return {"metrics": optim_step(self._learner(model), request["adam_params"])}
 
-    def _save_weights(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
-        request = json.loads(body)
-        path = self._save(model, job, "weights", request.get("path") or f"{job.number:08d}", request, optimizer=True)
-        return {"path": path, "type": "save_weights"}
+    def _save_weights(self, model: Model, job: Job, request: dict[str, Any]) -> dict[str, Any]:
+        name = request.get("path") or f"{job.number:08d}"
+        return {"path": self._save(model, job, "weights", name, request)}
 
-    def _save_weights_for_sampler(self, model: Model, job: Job, body: bytes) -> dict[str, Any]:
-        request = json.loads(body)
+    def _save_weights_for_sampler(self, model: Model, job: Job, request: dict[str, Any]) -> dict[str, Any]:
         if request.get("kind", "snapshot") != "snapshot":
             raise Refused("kind='inflight': weights that change while they sample are not here; use kind='snapshot'")
-        if (name := request.get("path")) is not None:
-            path = self._save(model, job, "sampler_weights", name, request, optimizer=False)
-            return {"path": path, "type": "save_weights_for_sampler"}
-        path = self._save(model, job, "sampler_weights", f"@{job.number:08d}", request, optimizer=False)
-        id_ = self.add_sampler(model.id.partition(":")[0], request.get("sampling_session_seq_id") or 0, path)
-        unnamed = sorted((model.folder / "sampler_weights").glob("@*"))
-        for folder in unnamed[:-UNNAMED]:
-            self._release(f"{SCHEME}{model.id}/sampler_weights/{folder.name}")
-            shutil.rmtree(folder)
-        return {"sampling_session_id": id_, "type": "save_weights_for_sampler"}
+        part, name = "sampler_weights", request.get("path")
+        if name is not None:
+            return {"path": self._save(model, job, part, name, request)}
+        path = self._save(model, job, part, f"@{job.number:08d}", request)
+        id_ = self.add_sampler(session_of(model.id), request.get("sampling_session_seq_id") or 0, path)
+        for folder in sorted((model.folder / part).glob("@*"))[:-UNNAMED]:
+            self._release(model.path_of(part, folder.name))
+            _remove(folder)
+        return {"sampling_session_id": id_}
 
     def _release(self, path: str) -> None:
         """Remove what samplers of these weights were asked, and its results."""
         with self._mutex:
-            owners = {sampling.id for sampling in self.samplers.values() if sampling.path == path}
             for job in list(self.jobs.values()):
-                if job.owner.id in owners and job.done.is_set():
+                is_of_path = isinstance(job.owner, SamplingSession) and job.owner.path == path
+                if is_of_path and job.done.is_set():
                     job.owner.files.remove(job.number)
-                    self.jobs.pop(job.request_id, None)
+                    del self.jobs[job.request_id]
 
-    def _save(
-        self, model: Model, job: Job, part: str, name: str, request: Mapping[str, Any], *, optimizer: bool
-    ) -> str:
+    def _save(self, model: Model, job: Job, part: str, name: str, request: Mapping[str, Any]) -> str:
+        """Save weights, and for `weights` AdamW's moments, under a name; return their path."""
         if not (NAME.fullmatch(name) or name == f"@{job.number:08d}"):
             raise Refused(f"path={name!r:.120}: a name has letters, digits and . _ - alone, 100 at most")
         folder = model.folder / part / name
-        path = f"{SCHEME}{model.id}/{part}/{name}"
-        if job.again:
-            return path
-        if folder.exists() and not request.get("overwrite") and _number(folder) != job.number:
-            why = "a state of this name exists; choose another, or overwrite=True"
-            if part == "sampler_weights":
-                why = "weights of this name exist, and samplers may have them; choose another name"
-            raise Refused(f"path={name!r}: {why}")
-        self._write(model, folder, job.number, optimizer=optimizer)
-        return path
+        if not job.again:
+            if folder.exists() and not request.get("overwrite") and _number(folder) != job.number:
+                why = "a state of this name exists; choose another, or overwrite=True"
+                if part == "sampler_weights":
+                    why = "weights of this name exist, and samplers may have them; choose another name"
+                raise Refused(f"path={name!r}: {why}")
+            self._write(model, folder, job.number, optimizer=part == "weights")
+        return model.path_of(part, name)
 
     def _learner(self, model: Model) -> Learner:
         if model.learner is None:
@@ -572,15 +594,15 @@ class Service:
             partial.mkdir()
             tensor_files.write(tensors, partial)
             sums = {"files": {file.name: size_and_hash(file) for file in partial.iterdir()}}
-            (partial / "spec.json").write_text(json.dumps(model.spec.to_json() | {"number": number} | sums))
+            (partial / "spec.json").write_text(json.dumps(asdict(model.spec) | {"number": number} | sums))
 
     def _keep_state(self, model: Model, job: Job) -> None:
-        """Keep what is trained now and then, where no gradient waits; and at once what was loaded, since its folder may
-        change."""
-        is_loaded = job.kind == "load_weights" and model.loaded == job.number
-        if model.learner is None or not (is_loaded or job.kind == "optim_step"):
+        """Keep what is trained every KEEP_STATE_S, and at once what was loaded, since its folder may change. A state
+        has no gradients, so nothing is kept while some wait, as they do after a refused step."""
+        if model.learner is None or model.gradients_wait:
             return
-        if is_loaded or time.monotonic() - model.kept_at > KEEP_STATE_S:
+        is_due = job.kind == "optim_step" and time.monotonic() - model.kept_at > KEEP_STATE_S
+        if is_due or job.kind == "load_weights":
             self._keep(model)
 
     def _keep(self, model: Model) -> None:
@@ -636,6 +658,12 @@ def _number(folder: Path) -> int:
     return int(read_json(folder / "spec.json")["number"])
 
 
+def _remove(folder: Path) -> None:
+    """Remove weights, all of them or nothing: no other service finds a part of them."""
+    removed = folder.rename(folder.with_name(f".{folder.name}.removed"))
+    shutil.rmtree(removed)
+
+
 def _keep(path: Path, content: bytes) -> None:
     """Write a request or result with its checksum. The name of the file tells that it has one."""
     write_file(path.with_name(f"{path.name}.crc"), b"%08x\n" % zlib.crc32(content) + content)
@@ -657,25 +685,16 @@ def _brief(session: Mapping[str, Any]) -> dict[str, Any]:
     return {name: session[name] for name in ("owner", "at") if name in session}
 
 
-def _numbers(folder: Path) -> list[int]:
-    """The numbers of the requests or results in a folder, in order."""
-    return sorted(_number_of(path) for path in folder.iterdir() if not path.name.startswith("."))
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The files of a folder of requests or results with their numbers, in order."""
+    return [(int(path.name.partition(".")[0]), path) for path in sorted(folder.glob("[0-9]*"))]
 
 
-def _number_of(path: Path) -> int:
-    """The number of a request or result, by the name of its file."""
-    return int(path.name.partition(".")[0])
-
-
-def check_number(name: str, number: int | None) -> int:
+def check_number(name: str, number: int | None, least: int = 0) -> int:
     """The number of a request, model or sampler. Raises Refused for one that cannot be part of a file's name."""
-    if number is None or not 0 <= number <= MOST_NUMBER:
-        raise Refused(f"{name}={number}: use a number from 0 to {MOST_NUMBER}, in the order of the requests")
+    if number is None or not least <= number <= MOST_NUMBER:
+        raise Refused(f"{name}={number}: use a number from {least} to {MOST_NUMBER}, in the order of the requests")
     return number
-
-
-def _file(id_: str) -> str:
-    return id_.replace(":", ".")
 
 
 def session_of(id_: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -54,12 +54,12 @@ class ForwardBackward:
     backward: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outputs:
     """What came out, by datum in the order of the request, and metrics whose names end in how chunks are reduced."""
 
-    by_datum: list[dict[str, Tensor]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    by_datum: list[dict[str, Tensor]]
+    metrics: dict[str, float]
 
 
 def understood(kind: type[Asked], body: bytes) -> Asked:
@@ -84,7 +84,7 @@ def read_forward_backward(body: bytes) -> ForwardBackward:
     message = message_of(body)
     settings: dict[str, float | str] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
-        settings[name] = value.text if value.WhichOneof("value") == "text" else value.number
+        settings[name] = value.number if value.WhichOneof("value") == "number" else value.text
     data = [_datum(datum, place) for place, datum in enumerate(message.data)]
     return ForwardBackward(message.loss_fn, settings, data, backward=not message.forward_only)
 
@@ -96,7 +96,7 @@ def _datum(message: messages.Datum, place: int) -> Datum:
             raise Refused(f"data[{place}]: {PICTURES}")
         tokens += _numbers(chunk.encoded_text.tokens, np.int32, f"data[{place}].model_input").tolist()
     inputs = {
-        name: _tensor(tensor, f"data[{place}].loss_fn_inputs[{name!r}]")
+        name: _tensor(tensor, f"data[{place}].loss_fn_inputs[{name!r:.80}]")
         for name, tensor in message.loss_fn_inputs.items()
     }
     return Datum(tokens, inputs)
@@ -119,7 +119,7 @@ def _tensor(message: messages.Tensor, place: str) -> Tensor:
     if values.size > MOST_NUMBERS:
         raise Refused(f"{place}: {values.size:,} numbers; send at most {MOST_NUMBERS:,}")
     if any(size < 0 for size in shape) or math.prod(shape) != values.size:
-        raise Refused(f"{place}: its shape is {shape}, and it has {values.size} numbers")
+        raise Refused(f"{place}: its shape is {shape!s:.80}, and it has {values.size} numbers")
     return torch.from_numpy(values.copy()).view(shape)
 
 

@@ -13,7 +13,6 @@ a `TokenLoss` with other settings.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -180,9 +179,9 @@ def fault_of(name: str, key: str, value: object) -> str:
     """Why a loss does not take this setting, in words; empty if it does.
 
     >>> fault_of("dro", "beta", 1), fault_of("dro", "beta", float("nan"))
-    ('', 'use a finite number')
+    ('', 'use a finite number of float32')
     """
     known = settings_of(name)
     if key not in known or not isinstance(value, int | float):
         return f"{name} takes numbers for {', '.join(known) or 'nothing'}"
-    return "" if math.isfinite(value) else "use a finite number"
+    return "" if abs(value) <= torch.finfo(torch.float32).max else "use a finite number of float32"

@@ -334,7 +334,24 @@ def test_numbers_that_are_not_finite_are_bad_requests(server, client):
             assert status == 400, said
             assert "use a finite number" in said["detail"]
             assert any(name in said["detail"] for name in ("sampling_params.temperature=", "learning_rate=", "rate.1="))
-    training.forward([datum()], "cross_entropy").result()  # number 1 was not taken
+
+
+def test_a_request_that_is_refused_at_once_keeps_no_later_one_waiting(server, client):
+    """The SDK numbers a request before it sends it, and goes on with the next number."""
+    training = client.create_lora_training_client(base_model="llama", rank=2).result()
+    with pytest.raises(tinker.BadRequestError, match="learning_rate=None"):
+        training.optim_step(types.AdamParams(learning_rate=float("nan"))).result()
+    assert training.forward_backward([datum()], "cross_entropy").result(timeout=20).metrics["loss:sum"] > 0
+    assert training.optim_step(types.AdamParams(learning_rate=1e-3)).result(timeout=20).metrics["grad_norm"] > 0
+    body = {"model_id": training.model_id, "seq_id": 4, "path": 1}
+    assert server.ask("save_weights", body)[0] == 400
+    assert server.ask("retrieve_future", {"request_id": f"{training.model_id}:4"}) == (
+        200,
+        {"error": "path=1: Input should be a valid string", "category": "user"},
+    )
+    for wrong in ({"model_id": "a:train:0"}, {"seq_id": 0}, {"seq_id": 10**8}, {"seq_id": None}):
+        assert server.ask("save_weights", body | {"seq_id": 5} | wrong)[0] == 400
+    assert server.service.model(training.model_id).next == 5
 
 
 def test_hostile_requests_get_an_error_in_form_and_the_server_goes_on(server, client):

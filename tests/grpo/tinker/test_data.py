@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from tinker.proto import tinker_public_pb2 as messages
 
 from grpo.learner.terms.token_losses import TokenLoss
 from grpo.tinker.data import check_datum, loss_of
-from grpo.tinker.wire import Datum, Refused
+from grpo.tinker.wire import Datum, Refused, read_forward_backward
 
 
 def test_settings_of_a_loss_are_taken():
@@ -23,10 +24,22 @@ def test_what_is_no_loss_is_refused_by_name():
         ("grpo", {}, "use cross_entropy, importance_sampling, ppo, cispo, dro, gspo"),
         ("ppo", {"epsilon": 0.2}, "ppo takes numbers for clip_low_threshold, clip_high_threshold"),
         ("dro", {"beta": "much"}, "'much'"),
+        ("ppo", {"clip_low_threshold": 1e300}, "use a finite number of float32"),
+        ("x" * 1000, {}, "^loss_fn='x{79}: there is none"),
         ("cross_entropy", {"beta": 1.0}, r"'beta'\]=1.0: cross_entropy takes numbers for nothing"),
     ):
         with pytest.raises(Refused, match=words):
             loss_of(name, config)
+
+
+def test_a_setting_without_a_value_is_refused():
+    """Protobuf has 0 for a number that nobody set."""
+    message = messages.ForwardBackwardRequest(loss_fn="dro")
+    message.loss_fn_config_v2["beta"].CopyFrom(messages.LossConfigValue())
+    with pytest.raises(Refused, match="dro takes numbers for beta"):
+        loss_of("dro", read_forward_backward(message.SerializeToString()).settings)
+    message.loss_fn_config_v2["beta"].number = 0.0
+    assert loss_of("dro", read_forward_backward(message.SerializeToString()).settings) == TokenLoss("dro", beta=0.0)
 
 
 def test_a_datum_that_a_loss_cannot_read_is_refused_with_its_place():

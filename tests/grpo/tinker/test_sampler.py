@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def saved(base, tmp_path):
                     parameter.copy_(0.3 * torch.randn_like(parameter))
         folder.mkdir()
         tensor_files.write(state_of(learner, optimizer=False), folder)
-        (folder / "spec.json").write_text(json.dumps(spec.to_json()))
+        (folder / "spec.json").write_text(json.dumps(asdict(spec)))
         return folder
 
     return save

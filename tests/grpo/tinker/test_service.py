@@ -13,6 +13,7 @@ from tinker.proto import tinker_public_pb2 as messages
 
 from grpo.endpoint.api_error import ApiError
 from grpo.run.lock import FolderInUse
+from grpo.tinker import sampler as of_sampler
 from grpo.tinker import service as of_service
 from grpo.tinker.service import Service, Unknown
 from grpo.tinker.wire import Refused
@@ -41,6 +42,11 @@ class Client:
         first = self.service.ask(self.model, self.number, "forward_backward", body)
         self.number += 1
         return first, self.ask("optim_step", adam_params=adam(rate))
+
+    def gradient(self):
+        body = supervised(self.model, self.number, TOKENS)
+        self.number += 1
+        return self.service.ask(self.model, self.number - 1, "forward_backward", body)
 
     def sampler(self):
         job = self.ask("save_weights_for_sampler", sampling_session_seq_id=self.number)
@@ -283,6 +289,66 @@ def test_a_model_whose_gradient_waits_stays_in_memory(service, monkeypatch):
     answer(service.job(f"{Client(service).model}:0"))
 
 
+@pytest.mark.parametrize("refused", [{"adam_params": adam(-1.0)}, {"optimizer_params": {"type": "dimuon"}}])
+def test_a_gradient_that_waits_outlives_a_refused_step_and_a_restart(base, tmp_path, monkeypatch, refused):
+    """A state that were kept after the refusal would lack it."""
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)
+    client = Client(Service(base, "llama", tmp_path / "state", torch.float32))
+    result(client.gradient())
+    error(client.ask("optim_step", **refused))
+    client.service.close()
+    client.service = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        assert answer(client.ask("optim_step", adam_params=adam(1e-2)))["metrics"]["grad_norm"] > 0
+    finally:
+        client.service.close()
+
+
+def test_gradients_wait_across_a_save_and_a_refused_load_and_a_load_drops_them(service):
+    client, norms = Client(service), []
+    path = answer(client.ask("save_weights", path="one"))["path"]
+    for change in (
+        {"kind": "save_weights", "path": "two"},
+        {"kind": "load_weights", "path": "tinker://a/weights/b", "optimizer": True},
+        {"kind": "load_weights", "path": path, "optimizer": False},
+    ):
+        result(client.gradient())
+        result(client.ask(**change))
+        norms.append(answer(client.ask("optim_step", adam_params=adam(1e-2)))["metrics"]["grad_norm"])
+    assert [norm > 0 for norm in norms] == [True, True, False]
+
+
+def test_models_are_computed_again_before_new_gradients_take_their_room(base, tmp_path, monkeypatch):
+    """A holds a gradient, B waits for its first one, and C was trained: if B came before C, C would have no room."""
+    monkeypatch.setattr(of_service, "MOST_LOADED", 2)
+    monkeypatch.setattr(of_service, "KEEP_STATE_S", 1e9)
+
+    def run(name, *, again):
+        sessions = iter("abc")
+        monkeypatch.setattr(of_service.secrets, "token_hex", lambda _: next(sessions))
+        service = Service(base, "llama", tmp_path / name, torch.float32)
+        clients = [Client(service, seed=seed) for seed in (1, 2, 3)]
+        [a, b, c] = clients
+        result(a.learn()[1])
+        result(c.learn()[1])
+        result(a.gradient())
+        if again:
+            service.close()
+            b.gradient()  # acknowledged, and not done
+            service = Service(base, "llama", tmp_path / name, torch.float32)
+            for client in clients:
+                client.service = service
+        else:
+            b.gradient()
+        result(service.job(f"{b.model}:1"))
+        result(b.ask("optim_step", adam_params=adam(1e-2)))
+        results = [result(job) for job in c.learn()]
+        service.close()
+        return results
+
+    assert run("whole", again=False) == run("again", again=True)
+
+
 def test_numbers_that_name_no_file_are_refused(service):
     client = Client(service)
     sampler = service.add_sampler(client.session, 0, None)
@@ -389,6 +455,72 @@ def test_named_weights_stay_those_of_their_samplers(service):
     assert samples(sample(service, other, sampling_params={"seed": 3}))[1] == want
 
 
+def test_a_sampler_never_gets_other_weights_under_the_path_of_its_own(base, tmp_path):
+    """They were deleted and saved again, or overwritten, while a sample waits. Also after a restart."""
+    service = Service(base, "llama", tmp_path / "state", torch.float32)
+    client = Client(service)
+    named = answer(client.ask("save_weights_for_sampler", path="one"))["path"]
+    state = answer(client.ask("save_weights", path="two"))["path"]
+    samplers = [service.add_sampler(client.session, number, path) for number, path in enumerate((named, state), 100)]
+    for sampler in samplers:
+        samples(sample(service, sampler))
+    result(client.learn(rate=0.1)[1])
+    service.delete_checkpoint(service.model(client.model), "sampler_weights/one")
+    assert "no weights are saved here" in error(sample(service, samplers[0], 1))
+    answer(client.ask("save_weights_for_sampler", path="one"))
+    answer(client.ask("save_weights", path="two", overwrite=True))
+    service.close()
+    waiting = [sample(service, sampler, 2).request_id for sampler in samplers]
+    service = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        for request_id in waiting:
+            assert "no longer those of this sampler; create another" in error(service.job(request_id))
+        samples(sample(service, service.add_sampler(client.session, 102, named)))
+    finally:
+        service.close()
+
+
+def test_weights_that_are_deleted_while_they_are_read_are_the_callers_mistake(service, monkeypatch):
+    client = Client(service)
+    path = answer(client.ask("save_weights_for_sampler", path="one"))["path"]
+    sampler, tensors_of = service.add_sampler(client.session, 100, path), of_sampler.tensors_of
+
+    def delete_first(*of):
+        service.delete_checkpoint(service.model(client.model), "sampler_weights/one")
+        return tensors_of(*of)
+
+    monkeypatch.setattr(of_sampler, "tensors_of", delete_first)
+    assert error(sample(service, sampler)) == f"path '{path}': its weights were deleted while they were read"
+
+
+def test_a_number_of_a_sampler_is_of_one_path(service):
+    client = Client(service)
+    path = answer(client.ask("save_weights", path="one"))["path"]
+    sampler = service.add_sampler(client.session, 5, path)
+    assert service.add_sampler(client.session, 5, path) == sampler
+    for other in (None, answer(client.ask("save_weights", path="two"))["path"]):
+        with pytest.raises(Refused, match=r"sampling_session_seq_id=5: it is a sampler of tinker://.*/one already"):
+            service.add_sampler(client.session, 5, other)
+    assert "is a sampler of" in error(client.ask("save_weights_for_sampler", sampling_session_seq_id=5))
+
+
+def test_saves_and_deletions_that_were_killed_half_way_are_whole_or_nothing(base, tmp_path):
+    service = Service(base, "llama", tmp_path / "state", torch.float32)
+    client = Client(service)
+    paths = [answer(client.ask("save_weights", path=name))["path"] for name in ("one", "two")]
+    folder = service.model(client.model).folder / "weights"
+    service.close()
+    (folder / "one").rename(folder / ".one.replaced")  # another was to take its place
+    (folder / "two").rename(folder / ".two.removed")
+    client.service = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        answer(client.ask("load_weights", path=paths[0], optimizer=True))
+        assert "no weights are saved here" in error(client.ask("load_weights", path=paths[1], optimizer=True))
+        assert [path.name for path in folder.iterdir()] == ["one"]
+    finally:
+        client.service.close()
+
+
 def test_samples_that_cannot_be_are_refused_by_name(service):
     """By what reads them (see test_sampler.py), and by what the policy has room and tokens for."""
     sampler = service.add_sampler(service.create_session({}), 0, None)
@@ -428,6 +560,18 @@ def test_models_that_cannot_be_are_refused_and_say_so_later(service):
         assert words in error(service.ask(model, 0, "create_model", json.dumps(usual | changes).encode()))
         step = json.dumps({"adam_params": adam(1)}).encode()
         assert "could not be made" in error(service.ask(model, 1, "optim_step", step))
+    client = Client(service)
+    paths = [answer(client.ask(f"save_weights{kind}", path="one"))["path"] for kind in ("", "_for_sampler")]
+    for changes, words in (
+        ({"path": paths[1]}, "have no state of an optimizer"),
+        ({"path": paths[0], "base_model": "other"}, "this server has 'llama'"),
+        ({"path": paths[0], "optimizer_config": {"type": "dimuon"}}, "has adamw"),
+    ):
+        model = f"{service.create_session({})}:train:0"
+        body = json.dumps({"optimizer": True} | changes).encode()
+        assert words in error(service.ask(model, 0, "load_weights", body))
+        assert "could not be made" in error(service.ask(model, 1, "optim_step", step))
+        assert "could not be made" in error(service.ask(model, 2, "load_weights", loads(paths[0])))
 
 
 def test_what_is_not_there_is_named(service):
@@ -489,7 +633,7 @@ def test_a_damaged_or_exchanged_file_of_weights_is_refused_by_name(base, tmp_pat
     paths = [answer(client.ask("save_weights", path=name))["path"] for name in ("one", "two")]
     result(client.learn(rate=0.1)[1])
     paths.append(answer(client.ask("save_weights", path="three"))["path"])
-    of_sampler = answer(client.ask("save_weights_for_sampler", path="four"))["path"]
+    four = answer(client.ask("save_weights_for_sampler", path="four"))["path"]
     first.close()
     folder = first.models[client.model].folder
     one, two, three = (folder / "weights" / name for name in ("one", "two", "three"))
@@ -507,7 +651,7 @@ def test_a_damaged_or_exchanged_file_of_weights_is_refused_by_name(base, tmp_pat
         for job, part, file in zip(found, ("one", "two"), ("policy", "optimizer"), strict=False):
             assert f"weights/{part} is damaged: {file}.safetensors is" in error(job)
         answer(found[2])
-        sampler = second.add_sampler(other.session, 0, of_sampler)
+        sampler = second.add_sampler(other.session, 0, four)
         assert "four is damaged: policy.safetensors is" in error(sample(second, sampler))
         client.service = second
         assert "state is damaged: policy.safetensors is" in error(client.learn()[1])
