@@ -190,16 +190,18 @@ class Session:
     def score(
         self, groups: Sequence[RolloutGroup], rewards: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
     ) -> list[GroupScore]:
-        """The score of each group, by the rewards of the configuration or by other functions."""
+        """The score of each group, by the rewards of the configuration or by other functions. Each failure is an
+        event."""
 
         def act() -> list[GroupScore]:
             with self.run.timed("time/reward"):
-                if rewards is not None:
+                if rewards is None:
+                    scores = self.collector.score(groups, self.step)
+                else:
                     scores = self.task.score_by(rewards, groups)
-                    for failure in chain.from_iterable(score.errors for score in scores):
-                        self.run.log.event("reward_error", step=self.step, **vars(failure))
-                    return scores
-                return self.collector.score(groups, self.step)
+                for failure in chain.from_iterable(score.errors for score in scores):
+                    self.run.log.event("reward_error", step=self.step, **vars(failure))
+                return scores
 
         return self.ranks.from_first(act)
 

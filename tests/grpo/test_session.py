@@ -312,6 +312,26 @@ def test_contract_6_other_rewards_score_the_same_groups_and_a_failure_of_theirs_
     assert [event["function"] for event in events] == ["mine"]
 
 
+@pytest.mark.parametrize("how", ["draw", "sample and score"])
+def test_contract_6_a_failure_of_the_runs_own_reward_is_an_event_in_every_loop(micro_config, tmp_path, how):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(completions, **_):\n    return [1.0 if '####' in text else float('nan') for text in completions]")
+    rewards = [{"function": f"{file}:mine"}]
+    config = micro_config(tmp_path / "run", rewards=rewards, **QUICK | {"steps": 1, "reward.on_error": "drop_sample"})
+    failed = []
+    with Session.open(config) as session:
+        for step in session.run.steps():
+            if how == "draw":
+                scores = session.draw(step).scores
+            else:
+                scores = session.score(session.sample(session.prompts(step), step=step))
+            failed += [(error.prompt_id, error.sample_index) for score in scores for error in score.errors]
+    events = [event for event in read_events(tmp_path / "run") if event["event"] == "reward_error"]
+    assert [(event["prompt_id"], event["sample_index"]) for event in events] == failed
+    assert len(failed) > 8
+    assert {event["step"] for event in events} == {1}
+
+
 def test_contract_9_numbers_of_ones_own_are_those_of_the_checkpoint(micro_config, tmp_path):
     """They hold from their step on, also after a resume; an earlier checkpoint has those from before."""
 
