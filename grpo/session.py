@@ -166,7 +166,13 @@ class Session:
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, draw: int = 0, **changes: Any) -> list[RolloutGroup]:
         """A group of completions of each prompt, a function of the weights, the seed, the step, the draw, the prompt
-        and the place in the group (contract 4). `changes` are of SamplingParams, such as `group_size`."""
+        and the place in the group (contract 4). `changes` are of SamplingParams, such as `group_size`. Raises
+        ValueError for `accept="margin"`: no log-probability tells how likely an unverified draft was (contract 3)."""
+        if changes.get("accept", "exact") != "exact":
+            raise ValueError(
+                f"accept={changes['accept']!r}: takes drafts unverified, so what it samples is not the policy's, and "
+                "nothing may be learned from it; leave it out. quartet eval and sample have rollout.lossy_margin"
+            )
 
         def act() -> list[RolloutGroup]:
             params = replace(self.collector.params(step), **changes).at(int(step), draw)
@@ -190,16 +196,18 @@ class Session:
     def score(
         self, groups: Sequence[RolloutGroup], rewards: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
     ) -> list[GroupScore]:
-        """The score of each group, by the rewards of the configuration or by other functions."""
+        """The score of each group, by the rewards of the configuration or by other functions. Each failure is an
+        event."""
 
         def act() -> list[GroupScore]:
             with self.run.timed("time/reward"):
-                if rewards is not None:
+                if rewards is None:
+                    scores = self.collector.score(groups, self.step)
+                else:
                     scores = self.task.score_by(rewards, groups)
-                    for failure in chain.from_iterable(score.errors for score in scores):
-                        self.run.log.event("reward_error", step=self.step, **vars(failure))
-                    return scores
-                return self.collector.score(groups, self.step)
+                for failure in chain.from_iterable(score.errors for score in scores):
+                    self.run.log.event("reward_error", step=self.step, **vars(failure))
+                return scores
 
         return self.ranks.from_first(act)
 

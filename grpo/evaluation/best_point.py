@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo.evaluation.evaluate import Evaluation, evaluate
+from rollout.pool import Pool
 
 POINTS = 10  # of a training, evenly spaced, at which the validation problems are answered
 
@@ -15,14 +17,16 @@ POINTS = 10  # of a training, evenly spaced, at which the validation problems ar
 class BestPoint:
     """Answers the validation problems at POINTS points of a session, and saves the best policy to `folder`.
 
-    The problems are sampled once each, at the temperature of the run, with the same noise at every point. They are
-    neither learned from nor reported, so a choice by them leaves the held-out problems unseen.
+    The problems are sampled as the session samples, with the same noise at every point. They are neither learned from
+    nor reported, so a choice by them leaves the held-out problems unseen. If no point has a score, the policy of the
+    last point is saved.
     """
 
     def __init__(self, session: Any, folder: Path) -> None:
         self.session, self.folder = session, folder
         self.prompts = [session.task.prompt(example, session.policy.tokenizer) for example in session.task.validation]
-        self.step, self.value = 0, -1.0  # of the best point so far
+        self.step = 0  # of the best point so far
+        self.value: float | None = None
 
     def due(self, step: int) -> bool:
         last = self.session.run.last
@@ -32,20 +36,22 @@ class BestPoint:
         """Accuracy at this step, or the mean reward where the reward is no accuracy; None if it is not due."""
         if not self.due(step):
             return None
-        result: Evaluation = self.session.ranks.from_first(self._answer)
+        with closing(self.session.open_pool()) as pool:  # every rank takes part: the pool gets the whole weights
+            result: Evaluation = self.session.ranks.from_first(partial(self._answer, pool))
         value = result.reward_mean if result.accuracy is None else result.accuracy
         self.session.run.log.event(
             "validation", step=step, accuracy=value and round(value, 4), problems=len(self.prompts)
         )
-        if value is not None and value > self.value:
+        if self._is_best(value) or (step == self.session.run.last and not self.step):
             self.step, self.value = step, value
             self.session.policy.save(self.folder)
         return value
 
-    def _answer(self) -> Evaluation:
-        session = self.session
-        with closing(session.open_pool()) as pool:
-            return evaluate(pool, session.task, self.prompts, session.collector.sampling, 256)
+    def _is_best(self, value: float | None) -> bool:
+        return value is not None and (self.value is None or value > self.value)
+
+    def _answer(self, pool: Pool) -> Evaluation:
+        return evaluate(pool, self.session.task, self.prompts, self.session.collector.sampling, 256)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "value": self.value}

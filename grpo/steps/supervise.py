@@ -35,7 +35,7 @@ class Best(Protocol):
     folder: Path
     prompts: list[Prompt]
     step: int
-    value: float
+    value: float | None
 
     def look(self, step: int) -> float | None: ...
     def state_dict(self) -> dict[str, Any]: ...

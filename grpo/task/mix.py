@@ -57,6 +57,7 @@ class Mix(Task):
             if isinstance(config, TrainConfig) and config.sft.steps:
                 self._refuse_too_few("sft.batch_size", config.sft.batch_size, self.solved)
             self._refuse_overlap_of_sources()
+            self.validation = self.unknown(self.validation, [*self.train, *self.held_out])  # of all sources
         except BaseException:
             self.close()
             raise

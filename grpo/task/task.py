@@ -95,7 +95,7 @@ class Task:
         shown, self.train = self.train[: data.few_shot], self.train[data.few_shot :]
         self.validation: Sequence[Example] = []
         if train:
-            self._keep_validation(data.validation)
+            self._keep_validation(data.validation, shown)
         self.solved, self.unsolved = _by_solution(self.train, data.solutions)
         self._refuse_overlap(shown, met, data)
         self.template = replace(self.template, few_shot=shown)
@@ -190,8 +190,9 @@ class Task:
             raise
         return task
 
-    def _keep_validation(self, count: int) -> None:
-        """Sets the last `count` training problems apart, without those that are among the others once more."""
+    def _keep_validation(self, count: int, shown: Sequence[Example]) -> None:
+        """Sets the last `count` training problems apart. Problems that are also trained on, `shown` in prompts or held
+        out are left out: a choice by held-out problems would raise what is reported on them."""
         if count >= len(self.train) > 0:
             raise ValueError(
                 f"data.validation={count} keeps all of the {len(self.train)} training examples; lower it, or use more "
@@ -199,8 +200,12 @@ class Task:
             )
         end = len(self.train) - count
         kept, self.train = self.train[end:], self.train[:end]
-        known = self.fingerprints(self.train) if count else {}
-        self.validation = [example for example in kept if not known.keys() & self.fingerprints([example]).keys()]
+        self.validation = self.unknown(kept, [*self.train, *self.held_out, *shown]) if count else []
+
+    def unknown(self, examples: Sequence[Example], others: Iterable[Example]) -> list[Example]:
+        """Those of the examples whose problems are not among the others, whatever their ids are."""
+        known = self.fingerprints(others).keys()
+        return [example for example in examples if not known & self.fingerprints([example]).keys()]
 
     def _refuse_overlap(self, shown: Sequence[Example], met: Collection[str], data: SourceOptions) -> None:
         """Raises ValueError for an evaluated problem that training meets, and for one whose solution a prompt shows."""
@@ -256,7 +261,7 @@ class Task:
     def check_lengths(self, policy: Policy, max_completion_tokens: int) -> None:
         """Raises ValueError where a prompt leaves no room for its completion: now, rather than when its turn comes."""
         room, long = policy.max_length - max_completion_tokens, []
-        for example in (*self.train, *self.held_out):
+        for example in (*self.train, *self.validation, *self.held_out):
             text = self.template.render(example, policy.tokenizer)
             if fault := beyond_context(text, policy.max_length):
                 raise ValueError(f"the prompt of {example.example_id!r} {fault}; take it out of the data")

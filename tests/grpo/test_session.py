@@ -276,6 +276,13 @@ def test_a_loss_of_all_solutions_gets_each_of_them(session, opened):
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
+def test_contract_3_lossy_acceptance_is_refused_where_it_would_be_learned_from(session):
+    prompts = session.prompts(1)
+    with pytest.raises(ValueError, match="accept='margin': takes drafts unverified"):
+        session.sample(prompts, step=1, accept="margin", margin=0.0, draft_tokens=2)
+    assert session.sample(prompts, step=1, accept="exact") == session.sample(prompts, step=1)
+
+
 def test_log_probabilities_are_those_that_were_sampled(session):
     prompts = session.prompts(1)
     groups = session.sample(prompts, step=1)
@@ -310,6 +317,26 @@ def test_contract_6_other_rewards_score_the_same_groups_and_a_failure_of_theirs_
     assert score.rewards == [None, 1.0, 1.0]
     events = [event for event in read_events(session.run.folder) if event["event"] == "reward_error"]
     assert [event["function"] for event in events] == ["mine"]
+
+
+@pytest.mark.parametrize("how", ["draw", "sample and score"])
+def test_contract_6_a_failure_of_the_runs_own_reward_is_an_event_in_every_loop(micro_config, tmp_path, how):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(completions, **_):\n    return [1.0 if '####' in text else float('nan') for text in completions]")
+    rewards = [{"function": f"{file}:mine"}]
+    config = micro_config(tmp_path / "run", rewards=rewards, **QUICK | {"steps": 1, "reward.on_error": "drop_sample"})
+    failed = []
+    with Session.open(config) as session:
+        for step in session.run.steps():
+            if how == "draw":
+                scores = session.draw(step).scores
+            else:
+                scores = session.score(session.sample(session.prompts(step), step=step))
+            failed += [(error.prompt_id, error.sample_index) for score in scores for error in score.errors]
+    events = [event for event in read_events(tmp_path / "run") if event["event"] == "reward_error"]
+    assert [(event["prompt_id"], event["sample_index"]) for event in events] == failed
+    assert len(failed) > 8
+    assert {event["step"] for event in events} == {1}
 
 
 def test_contract_9_numbers_of_ones_own_are_those_of_the_checkpoint(micro_config, tmp_path):

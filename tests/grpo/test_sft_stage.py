@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from start_ranks import end_of, start_ranks
 
 from grpo.config.run import LogOptions, SftConfig
 from grpo.evaluation.best_point import BestPoint
@@ -19,6 +20,7 @@ from grpo.steps.loop import Run
 from grpo.steps.supervise import supervise, supervised_session
 from grpo.task.task import Task
 from policies.policy import Policy
+from rewards.config.options import dump_yaml
 
 
 def _warm(policy: Policy, config, folder, console=None) -> dict[str, float]:
@@ -106,15 +108,24 @@ def test_an_sft_stage_that_diverges_says_so(micro_policy, micro_config, tmp_path
     assert len(set(event["examples"])) == 4
 
 
-def test_grpo_begins_with_the_best_point_by_the_validation_problems(micro_config, tmp_path):
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ([0.25, 0.75, 0.5, 0.75], [1, 2, 2, 2]),
+        ([-20.0, -16.5, -18.0, -17.0], [1, 2, 2, 2]),  # mean rewards may be below every accuracy
+        ([None, None, None, None], [0, 0, 0, 4]),  # a reward that abstains chooses nothing
+    ],
+    ids=["accuracy", "negative rewards", "no score"],
+)
+def test_grpo_begins_with_the_best_point_by_the_validation_problems(micro_config, tmp_path, values, best):
     """Of ten points the one that answers them best is saved; they are no training problems, and the last point is none
     where an earlier one was better."""
-    values = iter([0.25, 0.75, 0.5, 0.75])
+    answers = iter(values)
     kept = []
 
     class Looked(BestPoint):
-        def _answer(self):
-            return SimpleNamespace(accuracy=next(values), reward_mean=None)
+        def _answer(self, pool):
+            return SimpleNamespace(accuracy=None, reward_mean=next(answers))
 
         def look(self, step):
             seen = super().look(step)
@@ -126,7 +137,22 @@ def test_grpo_begins_with_the_best_point_by_the_validation_problems(micro_config
         run = Run(config, log, ONE_PROCESS, checkpoints=tmp_path / "steps", saved=None, last=4, of=" of the SFT stage")
         session = supervised_session(Session, run, task)
         supervise(session, Looked(session, tmp_path / "best"))
-    assert kept == [(1, 1), (2, 2), (3, 2), (4, 2)]
+    assert kept == list(enumerate(best, start=1))
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
-    assert [e["accuracy"] for e in events if e["event"] == "validation"] == [0.25, 0.75, 0.5, 0.75]
+    assert [e["accuracy"] for e in events if e["event"] == "validation"] == values
     assert (tmp_path / "best/config.json").is_file()
+
+
+@pytest.mark.slow
+def test_several_ranks_answer_the_validation_problems_together(micro_config, random_policy, tmp_path):
+    """The samplers need the whole weights, which every rank has a share of."""
+    random_policy(0).save(tmp_path / "model")
+    given = {"model": str(tmp_path / "model"), "device": "cpu", "sft.steps": 2, "steps": 1, "data.validation": 4}
+    given |= {"rewards": [{"function": "gsm8k_format", "weight": -2.0}], "rollout.max_completion_tokens": 4}
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(micro_config(tmp_path / "run", **given)))
+    end = end_of(start_ranks(["-m", "grpo", "train", str(file)]), timeout=100)
+    assert [code for code, _, _ in end] == [0, 0], end
+    events = _events(tmp_path / "run")
+    assert [event["step"] for event in events if event["event"] == "validation"] == [1, 2]
+    assert (tmp_path / "run/warm_start/config.json").is_file()

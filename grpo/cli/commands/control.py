@@ -8,8 +8,9 @@ completions only, all with the same weight (RAFT, arXiv 2304.06767, and expert i
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -77,7 +78,7 @@ def control(folder: Path, console: Console, validation: int | None = None) -> di
         console.print(f"{candidate.words}, {candidate.seconds:.0f} s", markup=False, highlight=False)
         trained.append(_train(folder, config, candidate))
     supervised = [each for each in trained if each["kind"] == "supervised"]
-    best = max(supervised, key=lambda each: each["validation"])  # the held-out problems have no say in it
+    best = max(supervised, key=_validation)  # the held-out problems have no say in it
     chosen = [best, *(each for each in trained if each["kind"] == "rejection")]
     result = _evaluate(folder, config, seconds, chosen, console)
     result["candidates"] = trained
@@ -133,6 +134,12 @@ def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) ->
     of_grpo = config.learner.learning_rate
     words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
     return [*found, Candidate("rejection", "rejection", words, start, budget, of_grpo)]
+
+
+def _validation(trained: Mapping[str, Any]) -> float:
+    """How well a control answers the validation problems; below every other one if none of its answers has a score."""
+    value = trained["validation"]
+    return -math.inf if value is None else float(value)
 
 
 def _train(folder: Path, config: TrainConfig, candidate: Candidate) -> dict[str, Any]:

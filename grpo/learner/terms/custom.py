@@ -115,7 +115,9 @@ class OfAll(Term):
         return True
 
     def begin_update(self, work: Work) -> None:
-        """Raises ValueError where there is no reference to score by."""
+        """Raises ValueError if there is no reference to score by, or if a completion of the batch was left out: the
+        others would be in its place."""
+        _refuse_left_out(work.batch)
         likelihood = work.likelihood
         if self.with_reference and likelihood.reference is None and not has_adapter(likelihood.policy.trunk):
             raise ValueError(
@@ -155,6 +157,17 @@ class OfAll(Term):
             work.note(NAME, loss)
         weights_CL = mini.padded([weights.get((sample.index, sample.start), []) for sample in mini.samples])
         return (weights_CL * forward.logprobs).masked_fill(~mini.mask, 0.0).sum()
+
+
+def _refuse_left_out(batch: TrainingBatch) -> None:
+    size = len(batch.advantages[0])
+    known = {sample.index for row in batch.rows for sample in row.samples}
+    for index in range(len(batch.advantages) * size):
+        if index not in known:
+            raise ValueError(
+                f"group {index // size}, sample {index % size} has no reward, or no tokens, and so no place in the "
+                "batch; a loss of all completions needs each of them: give it a reward, or leave its group out"
+            )
 
 
 def _segments(mini: MicroBatch, logprobs_CL: Tensor) -> dict[tuple[int, int], list[float]]:

@@ -76,6 +76,19 @@ def test_contract_8_a_loss_by_its_name_corrects_what_another_engine_has_sampled(
     assert far > 1e-4, "the correction changes nothing here, so this test would not see that it is lost"
 
 
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_loss_of_all_completions_is_refused_where_one_of_them_was_left_out(micro_policy, with_reference):
+    """The others would move up: DPO over completions 0 and 1, 2 and 3 would compare 0 with 2."""
+    learner = learner_of(micro_policy(0), reference=micro_policy(0))
+    groups, scores = groups_of(2)
+    scores[1].rewards[0] = None
+    batch = learner.prepare(groups, scores)
+    with pytest.raises(ValueError, match="group 1, sample 0 has no reward, or no tokens, and so no place in the batch"):
+        learner.forward_backward(batch, OfAll(lambda *lists: lists[0][0].sum(), with_reference=with_reference))
+    assert not batch.works
+    learner.forward_backward(batch)  # the configured loss needs no pairs
+
+
 def test_options_of_a_loss_are_those_of_the_batch_or_its_own():
     """Truncated completions are masked as the batch was prepared. Beside gold solutions a loss has its own options."""
     first, options = PolicyTerm(LossOptions(mask_truncated_completions=True)), LossOptions(beta=0.25)
