@@ -223,6 +223,16 @@ HEALTHY = {
     },
     "groups of three that learn": RISES | {"evaluations": GAINED, "options": {"rollout": {"group_size": 3}}},
     "one reward of many that failed": {"steps": ((MIXED,) * 8,) * 4, "metrics": {"reward/errors": [1, 0, 0, 0]}},
+    "a teacher is learned from": {
+        "steps": ((WRONG,) * 4,) * 4,
+        "metrics": {"group/zero_variance": 1.0, "reward/part/gsm8k": 0.0},
+        "options": {"loss": {"advantage": "distill"}, "rollout": {"group_size": 2}},
+    },
+    "groups of one mark that the batch compares": {
+        "steps": ((WRONG, [(f"#### {i}", 1.0) for i in range(4)]) * 2,) * 4,
+        "metrics": {"group/zero_variance": 1.0},
+        "options": {"loss": {"advantage": "reinforce_plus_plus"}},
+    },
     "few groups": {"steps": ((WRONG, WRONG),) * 3},
 }
 
