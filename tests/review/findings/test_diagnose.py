@@ -16,6 +16,7 @@ from review.findings.detectors import DETECTORS
 from review.findings.report import diagnose
 from review.readers.record import Record
 from rewards.records import rollout_path
+from rewards.spec import RewardSpec
 
 OPTIONS = {
     "model": "tiny",
@@ -240,6 +241,15 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_gets_no_finding(tmp_path, name):
     assert diagnose(Record(write(tmp_path, **HEALTHY[name]))) == []
+
+
+@pytest.mark.parametrize("function", ["model:org/scorer", "model:folders/scorer", "chat:mine.py:scorer", "scorer"])
+def test_the_marks_of_the_first_reward_are_read_by_its_label(tmp_path, function):
+    parts = [{"scorer": 0.25 * sample, "form": 1.0} for sample in range(4)]
+    options = {"rewards": [{"function": function}, FORM]}
+    record = Record(write(tmp_path, steps=((group(*parts),) * 4,) * 4, options=options))
+    assert record.first_reward == RewardSpec(function).label
+    assert record.groups[0].marks == [0.0, 0.25, 0.5, 0.75]
 
 
 def problems(folder, *evaluations, metric="eval/accuracy"):
