@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from review.findings.detectors import DETECTORS, EXPLAINED
+from review.findings.detectors import DETECTORS, EXPLAINED, NO_CAUSE
 from review.readers.record import Record
 from rewards.console import visible
 
@@ -15,8 +15,11 @@ from rewards.console import visible
 def diagnose(record: Record) -> list[dict[str, str]]:
     """Returns the findings, in the order in which to look at them."""
     findings: list[dict[str, str]] = []
+    no_cause = NO_CAUSE.get(str(record.options.get("loss.advantage")), set())
     for detector in DETECTORS:
         kind, (is_there, what, change) = detector.__name__, detector(record)
+        if kind in no_cause:
+            continue
         explained = any(kind in EXPLAINED.get(earlier["kind"], ()) for earlier in findings)
         findings += [{"kind": kind, "what": what, "change": change}] if is_there and not explained else []
     return findings

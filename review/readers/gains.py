@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from review.readers.run_folder import read_problems
@@ -19,8 +19,8 @@ POWER = 1.96 + 0.84  # standard errors: 80 % power at 95 % confidence
 
 
 def label_of(reward: Mapping[str, Any]) -> str:
-    """The name under which the marks of a reward are recorded."""
-    return str(reward.get("name") or str(reward.get("function", "")).rpartition(":")[2])
+    """The name under which the marks of a reward are recorded: `RewardSpec.label`."""
+    return str(reward.get("name") or PurePath(str(reward.get("function", "")).rpartition(":")[2]).name)
 
 
 def options_of_run(folder: Path) -> tuple[str, dict[str, Any]]:

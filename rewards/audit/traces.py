@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from glob import escape
-from itertools import combinations, groupby
+from itertools import combinations, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +174,31 @@ def trace_files(path: Path) -> list[Path]:
 
 
 def groups_of(traces: Iterable[Trace]) -> list[list[Trace]]:
-    """The rollouts of each group: of one prompt in one step where no group was recorded."""
-    groups: dict[Any, list[Trace]] = {}
+    """The rollouts of each group: of one prompt in one step where no group was recorded.
+
+    Data may hold a prompt twice. Its rollouts in a step are then several groups, if they stand in blocks of the usual
+    size."""
+    together: dict[Any, list[Trace]] = {}
     for trace in traces:
-        groups.setdefault((trace.split, trace.step, trace.group or trace.prompt), []).append(trace)
-    return list(groups.values())
+        together.setdefault((trace.split, trace.step, trace.group or trace.prompt), []).append(trace)
+    sizes = Counter(len(group) for group in together.values())
+    size = max(sizes, key=sizes.__getitem__, default=0)  # the first of equals
+    groups: list[list[Trace]] = []
+    for group in together.values():
+        if group[0].group is None and len(group) > size > 1 and _stands_in_blocks(group, size):
+            groups += [group[start : start + size] for start in range(0, len(group), size)]
+        else:
+            groups.append(group)
+    return groups
+
+
+def _stands_in_blocks(group: Sequence[Trace], size: int) -> bool:
+    """Whether rollouts with the same prompt stand in blocks of neighbouring rows, each of so many or a multiple."""
+    starts = [0]
+    for place, (before, after) in enumerate(pairwise(group), start=1):
+        if (after.file, after.row) != (before.file, before.row + 1):
+            starts.append(place)
+    return all((end - start) % size == 0 for start, end in pairwise([*starts, len(group)]))
 
 
 def text_of(content: object) -> str:

@@ -15,6 +15,10 @@ from rewards.isolation.sandbox import Limits, SandboxUnavailable, run_python, un
 from rewards.protocol import Completions, right_at, text_of
 
 _FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})(?P<info>[^`~]*)\Z")  # the end of a line: text may come before it
+_INLINE = re.compile(r"(?<!`)(?P<mark>`{3,}+)[^`]+(?P=mark)")  # code inside of a line of prose
+_NEW_BLOCK = re.compile(r"\s*(?:`{3,}|~{3,})[\w{.]")
+CLOSING_INDENT = 3  # more than that of the opening mark, as in CommonMark
+MOST_TRIED = 100  # marks inside of programs, for which the code up to there is parsed
 _PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![\w-])", re.IGNORECASE)  # python title="x", {.python}, Python3
 _DEFINED = re.compile(r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=", re.MULTILINE)
 
@@ -104,19 +108,43 @@ def program_of(text: str, names: Collection[str] = ()) -> str:
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:
     """The fenced blocks of a text: what stands behind the opening mark, and the code."""
-    mark, info, lines = "", "", []
+    mark, info, margin, tried, lines = "", "", 0, 0, []
     for line in text.splitlines(keepends=True):
-        fence = _FENCE.search(line.rstrip())
+        fence = _FENCE.search(line.rstrip() if mark else _INLINE.sub("", line.rstrip()))
         if fence is None or not fence["mark"].startswith(mark):
             lines.append(line)
+            continue
+        if mark and tried < MOST_TRIED and not _ends_block(fence, margin, lines):
+            lines.append(line)
+            tried += 1
             continue
         if mark:
             lines.append(line[: fence.start()])  # code may stand before the mark
             yield info, dedent("".join(lines))
         opens = not mark or fence["info"].strip()  # a mark with an info string also ends a block
         mark, info, lines = (fence["mark"], fence["info"], []) if opens else ("", "", [])
+        margin = len(line) - len(line.lstrip())
     if mark:
         yield info, dedent("".join(lines))
+
+
+def _ends_block(fence: re.Match[str], margin: int, lines: list[str]) -> bool:
+    """Whether a mark ends the block of these lines. A program may hold marks too, in a docstring or a text: behind code
+    or far to the right, a mark ends only what is Python up to there."""
+    before = fence.string[: fence.start()]
+    if fence["info"].strip():
+        return bool(_NEW_BLOCK.match(fence.string))
+    if not before.strip("> \t\n") and len(before) <= margin + CLOSING_INDENT:
+        return True
+    return _is_python(dedent("".join([*lines, before])))
+
+
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _defined(block: str) -> set[str]:

@@ -5,8 +5,11 @@ r"""Mathematical equivalence by math-verify (optional extra `math`): `1/2`, `0.5
 | `<answer>3/4</answer>`                | the last block                                                          |
 | `so 3 + 4. #### 7`                    | what follows the last `####`, if it is an expression                    |
 | `... Answer: \dfrac{1}{2}`            | what follows `answer` on the last line, if it is an expression          |
+| `#### even`, `The answer is C.`       | the same, if the gold answer is words or a letter                       |
 | `(2, 5]`, `x^2 + 1`, `\dfrac{1}{2}`   | all of it: an expression without delimiters                             |
 | other text                            | math-verify's choice: after `final answer is`, in `\boxed{}`, the last  |
+
+A unit may follow an expression. What stands before the last `</think>` is read only if nothing behind it is an answer.
 
 Numbers and signs are first written in one way: see `rewards.built_in.notation`. Floats are compared to 6 places after
 the point, or to 6 digits if they are small.
@@ -44,6 +47,7 @@ except ImportError as error:
 # perhaps with a unit, and plain arithmetic, which it reads better without.
 _NUMBER = r"[-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d+)?(?<=[\d])(?: ?%)?"
 _UNIT = r"(?: (?!pi\b|sqrt\b)[A-Za-z]{2,}|(?!sqrt)[A-Za-z]{4,})(?: [A-Za-z]{2,})*"
+_UNIT_BEHIND = re.compile(r"(?<=[\d}π]) +(?!(?:or|and|is|was)\b)[A-Za-z]{2,}(?:\^\{?[23]\}?)?(?: [A-Za-z]+)*\Z")
 _AS_IT_IS = re.compile(rf"{_NUMBER}(?:{_UNIT})?|(?!.*\d\s+\d)[\d.\s+\-*/^()]+")
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
 
@@ -52,6 +56,9 @@ _ANSWER_LINE = re.compile(r".{0,100}?\banswer(?:\s+is)?\s*:?\s*(\S.*)", re.IGNOR
 _COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|textnormal|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi)(?![a-z])"
 _WORD = re.compile(rf"(?<![\dA-Za-z])(?!{_FUNCTION})[A-Za-z]{{2,}}")
+_TEXT = re.compile(r"\\text\{\(?[A-Za-z ]+\)?\}|\(?[A-Za-z]\)?")  # an answer that is words, or the letter of a choice
+_REST_OF_WORD = re.compile(r"\S*(?: (?:\\pi|π|√)\S*)?")
+_BEYOND_PLAIN = re.compile(r"\\[a-z]|[π√^]")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _UNFINISHED = re.compile(r"\d\.\d+\.\d|\d\s*[~|]\s*\d|[-+*/^=<>]\Z")
 _ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what sympy may compute for minutes
@@ -59,7 +66,7 @@ _ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what symp
 # A bound, or what the answer is not; a number in another base; and what stands before and behind an answer that is not
 # meant.
 _BOUND_FIRST = re.compile(r"\A\s*(?:\\(?:neg|lnot|not|neq?|leq?|geq?|lt|gt)(?![A-Za-z])|[<>≠≤≥¬])")
-_BASE = re.compile(r"\d_\{?\d")
+_BASE = re.compile(r"\d_\{?(\d+)")
 _OPENING = r"[\s$*({\[\\]*(?:boxed\{)?\s*\Z"
 _DENIED = re.compile(rf"(?:\bnot|n't|\bnever|≠)(?:\s+equal(?:\s+to)?|\s+be)?{_OPENING}", re.IGNORECASE)
 _EITHER = re.compile(r"(?<![\d/.])(-?\d[\d,]*(?:\.\d+)?) or (-?\d[\d,]*(?:\.\d+)?)(?![\d/%\\])")
@@ -83,7 +90,7 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
 
 
 def _is_equal(gold: list, text: str) -> bool:
-    answer = _answer(text)
+    answer = _answer_after_thoughts(text, takes_words=bool(_TEXT.fullmatch(str(gold[-1]))))
     if not answer or _is_another_statement(answer, gold) or _is_denied(str(answer[-1]), text):
         return False
     return verify(gold, answer, float_rounding=_places(gold[0]), timeout_seconds=None)
@@ -98,16 +105,38 @@ def _gold(answer: str | int | float) -> list:
     return parsed
 
 
-def _answer(text: str) -> list:
-    """The answer of a completion as math-verify gives it: what it parsed, and last the text of it."""
+def _answer_after_thoughts(text: str, takes_words: bool) -> list:
+    spoken = text.rpartition("</think>")[2]
+    return _answer(spoken, takes_words) or _answer(text, takes_words)
+
+
+def _answer(text: str, takes_words: bool) -> list:
+    """The answer of a completion as math-verify gives it: what it parsed, and last the text of it. A heading is words
+    too, so that words behind a mark are an answer only if `takes_words`."""
     start = text.rfind("<answer>")
     if start >= 0:
         text = text[start + len("<answer>") :].partition("</answer>")[0]
-    for part in _named_answers(text):
-        if _is_expression(part) and not is_words(part):
+    for part in map(_without_unit, _named_answers(text)):
+        if _is_expression(part) and (takes_words or not is_words(part)):
             return _parsed_answer(part)
-    whole = _trimmed(text)
-    return _parsed_answer(whole) if _is_expression(whole) else parse(text, parsing_timeout=None)
+    whole = _without_unit(_trimmed(text))
+    return _parsed_answer(whole) if _is_expression(whole) else _of_prose(text)
+
+
+def _of_prose(text: str) -> list:
+    """math-verify's choice. Without delimiters it takes a number out of the middle of an expression: 10 of 10π."""
+    answer = parse(text, parsing_timeout=None)
+    if not answer or any(mark in text for mark in _DELIMITERS):
+        return answer
+    start = text.rfind(str(answer[-1]))
+    first = max(text.rfind(blank, 0, start) for blank in " \n\t") + 1
+    rest = _REST_OF_WORD.match(text, max(start, 0))
+    word = _trimmed(text[first : rest.end()].rstrip(",;:")) if rest else ""
+    return _parsed_answer(word) if _BEYOND_PLAIN.search(word) and _is_expression(word) else answer
+
+
+def _without_unit(expression: str) -> str:
+    return _UNIT_BEHIND.sub("", expression) if len(expression) <= LONGEST else expression
 
 
 def _named_answers(text: str) -> Iterator[str]:
@@ -156,7 +185,10 @@ def _is_another_statement(answer: list, gold: list) -> bool:
     expression, source, gold_source = answer[0], str(answer[-1]), str(gold[-1])
     if isinstance(expression, Eq | And) and not expression.free_symbols and expression != gold[0]:
         return not all(map(_holds, expression.args if isinstance(expression, And) else [expression]))
-    return any(kind.search(source) and not kind.search(gold_source) for kind in (_BASE, _BOUND_FIRST))
+    if _BOUND_FIRST.search(source) and not _BOUND_FIRST.search(gold_source):
+        return True
+    base, gold_base = _BASE.search(source), _BASE.search(gold_source)
+    return base is not None and (gold_base is None or base[1] != gold_base[1])
 
 
 def _holds(equation: Any) -> bool:

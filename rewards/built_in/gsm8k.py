@@ -16,6 +16,7 @@ r"""GSM8K correctness: the final number of a completion is compared with the gol
 | `#### 1,23`, `#### 1.2.3`     | none   | the number before | not a number                                    |
 | `#### 84/2`, `#### 6*7=42`    | none   | 2, 42    | an expression is not yet an answer                       |
 | `#### 5**2`, `#### 5!`        | none   | 2, 5     | nor are a power and a factorial                          |
+| `#### 1{,}234`, `#### 1\,234` | 1234   | 1234     | LaTeX writes thousands so                                |
 | `#### 1 234`, `#### 1'234`    | none   | 234      | never 1, which is not the number written                 |
 | `#### 7½`, `#### 7²`          | none   | 7        | nor 7                                                    |
 | `#### The answer is 42`       | none   | 42       | strict: the number follows the marker, on its line       |
@@ -39,7 +40,10 @@ from rewards.protocol import Completions, right_at, text_of
 
 Mode = Literal["strict", "flexible", "boxed"]
 
-_PLAIN = str.maketrans("\u2212\u2012\u2013\ufe63\uff0d０１２３４５６７８９，．＋％＄", "-----0123456789,.+%$")
+_PLAIN = str.maketrans(
+    "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d０１２３４５６７８９，．＋％＄", "-------0123456789,.+%$"
+)
+_LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!; ])(?=[0-9])")
 # A sign counts only where a number can start: `10-5` ends with 5, not with -5.
 _NUMBER = (
     r"(?P<sign>(?<![\w)])[-+])?(?:\\?[$€£](?P<inner_sign>[-+])?)?"
@@ -53,6 +57,7 @@ _LM_EVAL = re.compile(r"#### (-?[0-9.,]+)")
 _WELL_FORMED = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++")
 _CONTINUED = re.compile(
     rf"{_BLANKS}(?:[-—+*/⁄∕^=×xX÷·⋅:'’_]?{_BLANKS}\{{?\\?[$€£]?\d|[²³¹¼-¾⁰-₉⅐-⅞])"
+    rf"|{_BLANKS}\^{_BLANKS}\{{?[-+]\d"
     r"|!(?!\w)|\*\*\d"
     rf"|[^\S\r\n]++\*\*{_BLANKS}\d"
     rf"|{_BLANKS}\\(?:times|cdot|div|[dt]?frac|sqrt|pi)(?![a-zA-Z])|[eE][-+]?\d"
@@ -65,7 +70,7 @@ def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
     >>> extract_answer("6 * 7 = 42\n#### 42.0"), extract_answer("so 42 it is", "flexible"), extract_answer("so 42")
     (Decimal('42.0'), Decimal('42'), None)
     """
-    text = text.translate(_PLAIN)
+    text = _LATEX_COMMA.sub(",", text.translate(_PLAIN))
     if mode == "strict":
         mark = _last(_LAST_MARK, text)
         return _single(text, MARKED.match(text, mark.start()) if mark else None)
@@ -85,7 +90,7 @@ def gold_answer(answer: str | int | float) -> Decimal:
 
 @functools.lru_cache(maxsize=4096)
 def _gold_answer(text: str) -> Decimal:
-    text = text.strip().translate(_PLAIN)
+    text = _LATEX_COMMA.sub(",", text.strip().translate(_PLAIN))
     if "####" in text:
         gold = extract_answer(text, "strict")
     else:
@@ -197,6 +202,5 @@ def _last_boxed(text: str) -> str:
     for brace in re.finditer(r"[{}]", text[start:]):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            content = text[start : start + brace.start()]
-            return content.replace("{,}", ",").replace(r"\!", "").replace(r"\,", "").strip()
+            return text[start : start + brace.start()].replace(r"\!", "").replace(r"\,", "").strip()
     return ""

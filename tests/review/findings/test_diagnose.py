@@ -16,6 +16,7 @@ from review.findings.detectors import DETECTORS
 from review.findings.report import diagnose
 from review.readers.record import Record
 from rewards.records import rollout_path
+from rewards.spec import RewardSpec
 
 OPTIONS = {
     "model": "tiny",
@@ -223,6 +224,16 @@ HEALTHY = {
     },
     "groups of three that learn": RISES | {"evaluations": GAINED, "options": {"rollout": {"group_size": 3}}},
     "one reward of many that failed": {"steps": ((MIXED,) * 8,) * 4, "metrics": {"reward/errors": [1, 0, 0, 0]}},
+    "a teacher is learned from": {
+        "steps": ((WRONG,) * 4,) * 4,
+        "metrics": {"group/zero_variance": 1.0, "reward/part/gsm8k": 0.0},
+        "options": {"loss": {"advantage": "distill"}, "rollout": {"group_size": 2}},
+    },
+    "groups of one mark that the batch compares": {
+        "steps": ((WRONG, [(f"#### {i}", 1.0) for i in range(4)]) * 2,) * 4,
+        "metrics": {"group/zero_variance": 1.0},
+        "options": {"loss": {"advantage": "reinforce_plus_plus"}},
+    },
     "few groups": {"steps": ((WRONG, WRONG),) * 3},
 }
 
@@ -230,6 +241,15 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_gets_no_finding(tmp_path, name):
     assert diagnose(Record(write(tmp_path, **HEALTHY[name]))) == []
+
+
+@pytest.mark.parametrize("function", ["model:org/scorer", "model:folders/scorer", "chat:mine.py:scorer", "scorer"])
+def test_the_marks_of_the_first_reward_are_read_by_its_label(tmp_path, function):
+    parts = [{"scorer": 0.25 * sample, "form": 1.0} for sample in range(4)]
+    options = {"rewards": [{"function": function}, FORM]}
+    record = Record(write(tmp_path, steps=((group(*parts),) * 4,) * 4, options=options))
+    assert record.first_reward == RewardSpec(function).label
+    assert record.groups[0].marks == [0.0, 0.25, 0.5, 0.75]
 
 
 def problems(folder, *evaluations, metric="eval/accuracy"):

@@ -63,6 +63,20 @@ def left_out(traces: list[Trace]) -> list[Trace]:
     return stay
 
 
+def prompts_twice(traces: list[Trace]) -> None:
+    """TRL and verl record no groups, and data may hold a prompt twice."""
+    for number, trace in enumerate(traces):
+        first = traces[number // SIZE * SIZE]
+        group = number // SIZE
+        trace.group, trace.sample, trace.identity = None, None, None
+        if group % 4 == 3:  # as the second group of its step
+            other = traces[(group - 2) * SIZE]
+            trace.prompt, trace.messages, trace.columns = other.prompt, other.messages, other.columns
+        else:
+            trace.columns = {"answer": first.columns["answer"]}
+        trace.token_ids, trace.logprobs, trace.calls, trace.prompt_ids = [], [], [], []
+
+
 def saturated(traces: list[Trace]) -> list[Trace]:
     """From the fifth step on each prompt of a small data set has one text, of probability 1."""
     stay = traces[:64]
@@ -98,6 +112,7 @@ HABITS: dict[str, Habit] = {
     "an overlong penalty that never fires": never_fires("overlong"),
     "dynamic sampling": dynamic_sampling,
     "failed samples left out": left_out,
+    "a prompt twice in a step": prompts_twice,
     "a saturated policy": saturated,
     "advantages clipped on both sides": clipped(-1.0, 1.0),
     "advantages clipped below": clipped(-1.0, 99.0),

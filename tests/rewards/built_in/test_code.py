@@ -68,6 +68,11 @@ FENCES = {  # as models write them: each holds `def double(x): return 2 * x`
     "text and output behind": "```python\n{}\n```\nIt prints:\n```text\n4\n```\nI hope this helps!",
     "an example behind": "```python\n{}\n```\nUse it:\n```python\nprint(double(4))\n```",
     "pip before": "~~~bash\npip install x\n~~~\n~~~python\n{}\n~~~",
+    "inline before": "The function ```double(x)``` doubles.\n```\n{}\n```\nDone.",
+    "inline behind": "```\n{}\n```\nCall ```double(2)``` to try it.",
+    "marks in a docstring": '```python\n{}\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```\nDone.',
+    "marks in texts": '```python\nmarks = ["```", "```python"]\nprint("```")\n{}\n```\nDone.',
+    "closed far to the right": "```python\n{}\n        ```\nDone.",
     "never closed before": "```python\ndef double(x):\n```python\n{}\n```",
 }
 GUARDS = [
@@ -98,7 +103,7 @@ def test_a_main_guard_does_not_keep_the_tests_from_running():
     assert found == [1.0] * (len(GUARDS) + 1), results
 
 
-@pytest.mark.parametrize("unit", ["```", "~~~\n", "```python\n", "`", "def a\n", "a = ", "``` ` "])
+@pytest.mark.parametrize("unit", ["```", "~~~\n", "```python\n", "`", "def a\n", "a = ", "``` ` ", "( ```\n"])
 def test_fences_are_read_in_bounded_time(unit):
     started = time.process_time()
     program_of((unit * 100_000)[:100_000], ["a"])

@@ -77,7 +77,15 @@ GOLDEN = [  # text, strict, flexible, boxed
     ("from 3\u20135", None, 5, None),
     ("x = -5", None, -5, None),
     (r"so \boxed{42}", None, 42, 42),
-    (r"\boxed{1} no, \boxed{\$1{,}234}", None, 234, 1234),
+    (r"\boxed{1} no, \boxed{\$1{,}234}", None, 1234, 1234),
+    (r"#### 1{,}234", 1234, 1234, None),  # as LaTeX writes thousands: never 1 or 234
+    (r"#### $1{,}234{,}567$", 1234567, 1234567, None),
+    (r"#### 1\,234", 1234, 1234, None),
+    (r"#### 1,\!234", 1234, 1234, None),
+    (r"#### 1\,23", None, None, None),
+    ("#### 10^-3", None, -3, None),  # as 10^3, no answer yet
+    ("#### 10^{-3}", None, -3, None),
+    ("#### \u20115", -5, -5, None),  # the hyphen that does not break
     (r"\boxed{42\text{ apples}}", None, 42, 42),
     (r"\boxed{-5\%}", None, -5, -5),
     (r"\boxed{42^\circ}", None, 42, 42),

@@ -76,6 +76,21 @@ def test_a_dump_of_verl_is_scored_again_by_verls_function_and_by_ours(mine, tmp_
     assert f"steps=[3]: {dump} has no step 3; its steps are 1 to 2" in capsys.readouterr().err
 
 
+def test_a_prompt_with_worked_examples_asks_its_last_question(mine, tmp_path):
+    problems = [{"question": "How much is 6 * 7 in all?", "answer": "42"}, {"question": "2 + 3?", "answer": "5"}]
+    problems.append({"question": "12 + 3?", "answer": "15"})
+    data = jsonl(tmp_path / "data.jsonl", problems)
+    shots = "How much is 6 * 7 in all?\n42\n\n"
+    rows = [{"input": f"{shots}{asked}\nAnswer:", "output": f"so {gold}", "gts": gold, "score": 1.0, "step": 1}
+            for asked, gold in (("2 + 3?", "5"), ("12 + 3?", "15"))]  # fmt: skip
+    messages = [{"role": "user", "content": problems[0]["question"]}, {"role": "assistant", "content": "42"}]
+    messages.append({"role": "user", "content": "2 + 3?"})
+    chat = [{"prompt": messages, "completion": "so 5", "reward": 1.0}]
+    for name, recorded in (("verl", rows), ("chat", chat)):
+        result = again(jsonl(tmp_path / f"{name}.jsonl", recorded), f"{mine}:ends", data={"name": str(data)})
+        assert result.changes == []
+
+
 def test_a_mark_that_was_recorded_in_float32_is_the_same(mine, tmp_path):
     mine.write_text(REWARDS + "\ndef third(completions, **_): return [0.3 for _ in completions]\n")
     row = {"input": "6 * 7?", "output": "so 42", "gts": "42", "step": 1}
