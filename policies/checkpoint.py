@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ from policies.files.checksums import CHECKSUMS, fault
 from policies.layout import PolicyError, WeightFiles, auto_class, find_file, is_language_model
 from policies.mtp import MTPHead
 
+LOGGER = logging.getLogger(__name__)
+OWN_CODE = (
+    "model=%r brings code (auto_map in config.json), which is never run: transformers' own %s computes it; if the two "
+    "differ, so do their log-probabilities"
+)
 # How pictures become numbers; a model that reads them is not loaded without.
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -71,6 +77,7 @@ def load(
     from policies.files import packed
 
     config = read_config(source, writes=True)
+    _note_own_code(str(source), config.model_type)
     files = WeightFiles(source)
     codes = packed.is_packed(config)
     if gguf.file_of(source) and (in_4_bits or layout):
@@ -209,6 +216,7 @@ def check_weights(folder: Path, config: PretrainedConfig) -> None:
     from policies import contradictions
     from policies.files import packed
 
+    _note_own_code(str(folder), config.model_type)
     files = WeightFiles(folder)
     if not files.shapes or packed.is_packed(config):
         return
@@ -243,6 +251,14 @@ def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig
     if faults:
         raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
     return config
+
+
+@cache
+def _note_own_code(source: str, kind: str) -> None:
+    """Says once that the code of a checkpoint is not what computes it."""
+    file = find_file(source, "config.json")
+    if file and json.loads(Path(file).read_text(encoding="utf-8")).get("auto_map"):
+        LOGGER.warning(OWN_CODE, source, kind)
 
 
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

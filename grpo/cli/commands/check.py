@@ -62,6 +62,7 @@ TEXT = "X  = 1 ;\n\tif a : b , c .\n\n  é 漢字 🙂 don't \n"  # spaces that 
 SAID = "It is  4.\n\n    So: 4"
 THOUGHT = "adding both"
 TRIMS = "trims what was said"
+READABLE = "keeps turns", "drops earlier thoughts", TRIMS  # so the end of a turn, if there is one, is found
 COMPARED = (
     *("the same twice", "causal", "prefill + decode = whole forward", "prompt in pieces", "rows in one cache"),
     *("batch invariance", "left = right padding", "decode beside padding", "packed = alone"),
@@ -539,6 +540,9 @@ def examine_text(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], vocab
         trip.note = "take the tokenizer of this model, or set vocab_size in config.json to what the weights are"
     if not stops:
         ends.say(TRANSFORMERS, "no stop token", wrong=True)
+    elif end is None and words in READABLE:
+        ends.say(TRANSFORMERS, "a turn of the template has no end", wrong=True)
+        ends.note = "let the chat template write the token that ends a turn after each answer"
     elif end is not None and end not in stops:
         ends.say(TRANSFORMERS, f"a turn ends with {tokenizer.decode([end])!r}, and stops are {names}", wrong=True)
     elif tokenizer.pad_token_id in stops:
