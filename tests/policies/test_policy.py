@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from policies.checkpoint import check_files
 from policies.policy import Policy, PolicyError, checksum
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30]])
@@ -275,12 +274,11 @@ def test_the_context_ends_where_layers_of_any_kind_change_their_rotation(hf_poli
 
 
 def test_a_checkpoint_with_code_is_read_by_transformers_own_class_and_says_so_once(saved, caplog):
-    file = saved / "config.json"
-    check_files(saved)
+    Policy.load(saved)
     assert "auto_map" not in caplog.text
     again = saved.rename(saved.with_name("with_code"))
-    fields = json.loads((again / file.name).read_text()) | {"auto_map": {"AutoConfig": "configuration_deepseek.Config"}}
-    (again / file.name).write_text(json.dumps(fields))
-    check_files(again)
-    Policy.load(again)
+    file = again / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "configuration_own.Own"}}))
+    for _ in range(2):
+        Policy.load(again)
     assert caplog.text.count("brings code (auto_map in config.json), which is never run: transformers' own") == 1

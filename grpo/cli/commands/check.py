@@ -35,10 +35,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampler, choose_paths
 from grpo.source.policy_source import find_policy, shape_of
 from policies import lora
-from policies.checkpoint import check_weights
+from policies.checkpoint import check_weights, own_code
 from policies.contradictions import why_refused
 from policies.cut import CHOSEN, WINDOW, cut_model, has_windows, quiet
-from policies.layout import PolicyError
+from policies.layout import PolicyError, WeightFiles
 from policies.lm_head import last_states
 from policies.policy import Policy, checkpoint_layers, read_tokenizer
 from policies.presets import PRESETS, small_tokenizer
@@ -131,6 +131,8 @@ def check(model: str, layers: int = 1) -> list[Row]:
         raise PolicyError(f"model={model!r}: {error}; name a folder or a hub id whose config.json is whole") from error
     if source is None or source in PRESETS:
         return rows  # nobody has given it a tokenizer
+    if words := own_code(source):
+        rows.append(Row("own code", {TRANSFORMERS: "never run"}, note=words))
     if any(Path(source).glob("*.safetensors")):
         rows.append(_files(Path(source), shape))
     try:
@@ -153,7 +155,7 @@ def _files(folder: Path, shape: PretrainedConfig) -> Row:
     """Whether the weights of a folder are those of its configuration."""
     result = Row("weights")
     try:
-        check_weights(folder, shape)
+        check_weights(WeightFiles(folder), shape)
         result.say(OURS, "as config.json describes them")
     except PolicyError as error:
         result.say(OURS, "refused", wrong=True)
