@@ -197,6 +197,7 @@ def examine(shape: PretrainedConfig, layers: int = 1) -> list[Row]:
             if policy.backend == "transformers":
                 choose_paths(policy, EXACT)
             paths.say(OURS, str(policy.paths))
+            paths.note = "; ".join(policy.paths.slower)
         except PolicyError as error:
             paths.say(OURS, "refused", wrong=True)
             paths.note = str(error)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import zoo
 from safetensors.torch import load_file, save_file
 
 from grpo.cli.commands import check, summary
@@ -151,6 +153,32 @@ def test_code_of_a_checkpoint_is_noted_in_the_same_words_by_the_plan_the_run_and
     assert said == [row.advice, row.advice]
     assert row.wrong == []
     assert "which is never run: transformers' own llama computes it" in row.advice
+
+
+STOCK = {"rollout.draft_tokens": 0, "mtp.loss_weight": 0, "sft.steps": 0, "steps": 1}
+
+
+def test_the_plan_and_the_run_say_which_path_a_model_takes_and_why(micro_config, tmp_path, capsys):
+    config = micro_config(tmp_path / "r", model=str(zoo.folder(tmp_path / "m", "bloom")), **STOCK)
+    words = (
+        "sampled by transformers' cache; every completion is read with its prompt (not 'our cache': ValueError: its "
+        "layers do not attend through the attention interface of transformers; not 'a prompt is read once"
+    )
+    for act in (summary.dry_run, train):
+        act(config)
+        said = " ".join(re.sub("[│┃]", "", capsys.readouterr().out).split())
+        assert words in said
+
+
+def test_contract_20_a_type_that_is_refused_when_it_is_loaded_is_refused_in_the_plan(micro_config, tmp_path):
+    config = micro_config(tmp_path / "r", model=str(zoo.folder(tmp_path / "m", "cpmant")), **STOCK)
+    said = []
+    for refuse in (summary.dry_run, train):
+        with pytest.raises(PolicyError) as error:
+            refuse(config)
+        said.append(re.sub(r"by [\d.e+]+", "by N", str(error.value)))
+    assert said[0] == said[1]
+    assert "a model of type 'cpmant' cannot be trained here: the sampler fails in every way" in said[0]
 
 
 def test_an_lm_head_of_another_name_is_not_missing(micro_config, hf_policy, tmp_path):
