@@ -5,13 +5,17 @@ The models are those of tests/zoo. The slow tests compare the page with what the
 
 from __future__ import annotations
 
+import re
 import sys
+import tempfile
 from pathlib import Path
 
+import torch
 from transformers import __version__ as version
 
-from grpo.source.agreement import by_learner, by_sampler, check_agreement
-from policies.contradictions import why_refused
+from grpo.config.policy import ModelOptions
+from grpo.source.agreement import by_learner, by_sampler
+from grpo.source.policy_source import load_policy
 from policies.policy import PolicyError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -21,8 +25,8 @@ PAGE = """\
 # Which models
 
 transformers {version} has {known} types of causal language models. {exact} of them train here: sampler and learner
-compute the log-probabilities of the model's own forward, for every sequence. `make models` writes this page from a
-tiny model of each type with wide random weights in float32 (differences of at most 2e-4).
+compute the log-probabilities of the model's own forward, for every sequence. `make models` writes this page from the
+folder of a tiny model of each type with wide random weights in float32 (differences of at most 2e-4).
 [`quartet check`](guides/check.md) does the same, and more, with the configuration of your model.
 
 "Our cache" and "once" are the fastest. [Any model](guides/any-model.md) explains them.
@@ -44,21 +48,22 @@ LARGEST = 2e-4  # of the differences of a log-probability
 
 
 def way_of(kind: str) -> tuple[bool, str]:
-    """Whether a type trains, and how it is sampled and read, or else why not."""
-    if why := why_refused(kind):  # of every folder
-        return False, why
-    try:
-        policy = zoo.policy(kind)
-        check_agreement(policy)
-    except PolicyError as error:
-        return False, reason_of(str(error))
+    """Whether a type trains, and how it is sampled and read, or else why not. Its model is loaded from a folder."""
+    with tempfile.TemporaryDirectory() as where:
+        try:
+            folder = zoo.folder(where, kind)
+            policy = load_policy(ModelOptions(model=str(folder), device="cpu", threads=torch.get_num_threads()))
+        except PolicyError as error:
+            return False, reason_of(str(error))
     largest = max((ours - own).abs().max().item() for ours, own in (by_sampler(policy), by_learner(policy)))
     assert largest < LARGEST, f"{kind}: log-probabilities differ by {largest}"
     return True, f"{SAMPLERS[policy.paths.sampler]} | {READ[policy.paths.rows]}"
 
 
 def reason_of(error: str) -> str:
-    """The first line of a refusal, without the way out that every refusal has and without measured numbers."""
+    """The first line of a refusal, without the folder, the way out that every refusal has and measured numbers."""
+    error = re.sub(r"^model='[^']*' is of type '\w+': ", "", error)
+    error = re.sub(r"^model='[^']*'", "its folder", error)
     reason = error.split("cannot be trained here: ")[-1].split(". Llama, Qwen")[0].splitlines()[0].replace("|", "\\|")
     part, fails, _ = reason.partition(" fails in every way")
     return f"{part} differs from the model's own forward in every way that was tried" if fails else reason

@@ -12,13 +12,15 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -35,12 +37,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from policies import four_bit, lora, sharding
+from policies.bounds import read_fields
 from policies.files import gguf
 from policies.files.atomic import heed_umask, write_folder
 from policies.files.checksums import CHECKSUMS, fault
 from policies.layout import PolicyError, WeightFiles, auto_class, find_file, is_language_model
 from policies.mtp import MTPHead
 
+LOGGER = logging.getLogger(__name__)
 # How pictures become numbers; a model that reads them is not loaded without.
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -71,6 +75,7 @@ def load(
     from policies.files import packed
 
     config = read_config(source, writes=True)
+    note_own_code(str(source))
     files = WeightFiles(source)
     codes = packed.is_packed(config)
     if gguf.file_of(source) and (in_4_bits or layout):
@@ -80,14 +85,13 @@ def load(
         )
     if codes and in_4_bits:
         raise PolicyError(f"model={str(source)!r} is quantised already; leave lora.base out, or name the original")
-    if isinstance(config, DeepseekV3Config) and files.shapes and not codes:
-        contradictions.check_tensors(files, config)
-    elif getattr(config, "quantization_config", None) is None:
-        contradictions.refuse_larger(files, config)
+    check_weights(files, config)
     tokenizer = read_tokenizer(source)
     trunk, report = _load_trunk(source, config, dtype, layout, in_4_bits, packed.loading(source) if codes else {})
-    if codes or not isinstance(trunk, DeepseekV3ForCausalLM):
+    if codes or not isinstance(config, DeepseekV3Config):
         contradictions.check_report(source, config, report)
+    contradictions.refuse_untied(source, trunk)
+    keep_stored(files, trunk)
     if not isinstance(trunk, DeepseekV3ForCausalLM):
         places = {name: find_file(files.source, name) for name in PROCESSOR if "text_config" in config.sub_configs}
         processor = {name: Path(place).read_bytes() for name, place in places.items() if place}
@@ -106,8 +110,6 @@ def _load_trunk(
     codes: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and the report of transformers on its tensors. `codes`: how packed weights are read."""
-    from policies.contradictions import refuse_untied
-
     options = codes | (sharding.layout_arguments(source, layout) if layout else {})
     options |= four_bit.loading(dtype) if in_4_bits else {}
     options |= {"quantization_config": GgufConfig(dequantize=True)} if gguf.file_of(source) else {}
@@ -131,10 +133,25 @@ def _load_trunk(
         raise PolicyError(f"model={str(source)!r} has experts missing or of unequal shapes: {unfit[:5]}") from error
     except Exception as error:
         raise _unusable(source, "config.json or a weight", error) from error
-    refuse_untied(source, trunk)
     if in_4_bits or codes:
         four_bit.as_ordinary_model(trunk)
     return trunk, report
+
+
+@torch.no_grad()
+def keep_stored(files: WeightFiles, trunk: PreTrainedModel) -> None:
+    """Put back what some classes of transformers overwrite once they have read it: the embedding of the padding token
+    (Youtu) and buffers of routers (ZAYA). A policy that was trained would not be the one that was saved."""
+    kept = trunk.state_dict().keys() & files.shapes.keys()
+    for name, buffer in trunk.named_buffers():
+        if name in kept and files.shapes[name] == tuple(buffer.shape) and not isinstance(buffer, DTensor):
+            buffer.copy_(files.read(name)[name])
+    for name, module in trunk.named_modules():
+        stored = f"{name}.weight"
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and stored in files.shapes:
+            row, whole = module.padding_idx, module.weight
+            if not isinstance(whole, DTensor) and files.shapes[stored] == tuple(whole.shape):
+                whole[row].copy_(files.read_row(stored, row))
 
 
 def save(folder: Path, policy: Checkpoint) -> None:
@@ -199,17 +216,17 @@ def check_policy(folder: Path) -> None:
 
 def check_files(folder: Path) -> None:
     """Raises PolicyError for what `load` refuses of a folder, as far as the headers of its files tell."""
-    check_weights(folder, read_config(folder, writes=True))
+    config = read_config(folder, writes=True)
+    check_weights(WeightFiles(folder), config)
     read_tokenizer(folder)
 
 
-def check_weights(folder: Path, config: PretrainedConfig) -> None:
-    """Raises PolicyError for what `load` refuses of the weights of a folder. Only an LM head that should be the
-    embedding is read."""
+def check_weights(files: WeightFiles, config: PretrainedConfig) -> None:
+    """Raises PolicyError for weights that contradict their configuration, before they are loaded. Only an LM head that
+    should be the embedding is read."""
     from policies import contradictions
     from policies.files import packed
 
-    files = WeightFiles(folder)
     if not files.shapes or packed.is_packed(config):
         return
     if isinstance(config, DeepseekV3Config):
@@ -243,6 +260,25 @@ def read_config(source: str | Path, *, writes: bool = False) -> PretrainedConfig
     if faults:
         raise PolicyError(f"model={str(source)!r}: config.json contradicts itself: " + "; ".join(faults))
     return config
+
+
+def own_code(source: str) -> str:
+    """A sentence for a checkpoint that brings code of its own, which is never run; empty for the others."""
+    file = find_file(source, "config.json")
+    fields = read_fields(Path(file)) if file else {}
+    if not fields.get("auto_map"):
+        return ""
+    return (
+        f"model={source!r} brings code (auto_map in config.json), which is never run: transformers' own "
+        f"{fields.get('model_type')} computes it; if the two differ, so do their log-probabilities"
+    )
+
+
+@cache
+def note_own_code(source: str) -> None:
+    """Log `own_code` once in a process."""
+    if words := own_code(source):
+        LOGGER.warning(words)
 
 
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING, DeepseekV3Config, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from policies.bounds import beyond, read_fields
@@ -285,11 +287,11 @@ def refuse_larger(files: WeightFiles, config: PretrainedConfig) -> None:
 
 
 def refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
-    """Raises PolicyError for a stored LM head that differs from an embedding to which it is tied. transformers keeps
-    it, and a model made from the configuration has none."""
-    head = trunk.get_output_embeddings()
+    """Raises PolicyError for a model that has an LM head of its own where its configuration says that it is the
+    embedding. transformers keeps it, and a model made from the configuration has none."""
+    lm_head, embedding = trunk.get_output_embeddings(), trunk.get_input_embeddings()
     tied = getattr(trunk.config, "tie_word_embeddings", False)
-    if tied and head is not None and head.weight is not trunk.get_input_embeddings().weight:
+    if tied and lm_head is not None and lm_head.weight is not embedding.weight:
         raise _untied(source)
 
 
@@ -300,9 +302,16 @@ def _untied(source: str | Path) -> PolicyError:
     )
 
 
+def _never_tied(source: str | Path, kind: str) -> PolicyError:
+    return PolicyError(
+        f"model={str(source)!r}: tie_word_embeddings=True in config.json, but transformers ties the LM head of no "
+        f"model of type {kind!r}: set it to false"
+    )
+
+
 def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
-    """Raises what `refuse_untied` and `check_report` say of the LM head, before the model is loaded. Files that may
-    have another name for it, as GPT-NeoX's do, are left to these."""
+    """Raises PolicyError for an LM head that is missing, or that the configuration says to be the embedding when it is
+    not. Only a stored LM head that should be the embedding is read."""
     try:
         with torch.device("meta"):
             trunk = auto_class(config).from_config(config)
@@ -310,17 +319,32 @@ def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
         return
     lm_head, embedding = trunk.get_output_embeddings(), trunk.get_input_embeddings()
     names = {module: f"{name}.weight" for name, module in trunk.named_modules()}
-    if lm_head not in names or names.get(embedding) not in files.shapes:
+    if lm_head not in names or embedding not in names:
         return
-    name, names_of_all = names[lm_head], trunk.state_dict().keys()
-    if lm_head.weight is not embedding.weight:
-        others = files.shapes.keys() - names_of_all
-        if name not in files.shapes and tuple(lm_head.weight.shape) not in {files.shapes[other] for other in others}:
-            refuse_differences(files.source, {name: ()}, {})
+    stored = names_in_files(files, trunk)
+    ties = lm_head.weight is embedding.weight
+    if not ties and getattr(config, "tie_word_embeddings", False):
+        raise _never_tied(files.source, config.model_type)
+    head, first = (stored.get(names[module], "") for module in (lm_head, embedding))
+    if not head and not ties:
+        refuse_differences(files.source, {names[lm_head]: ()}, {})
+    if not ties or not head or not first or head == first:
         return
-    first = names[embedding]
-    if name in files.shapes and name != first and not torch.equal(files.read(name)[name], files.read(first)[first]):
+    if not torch.equal(files.read(head)[head], files.read(first)[first]):
         raise _untied(files.source)
+
+
+def names_in_files(files: WeightFiles, trunk: PreTrainedModel) -> dict[str, str]:
+    """The names of stored tensors by those that they have in the model, as transformers renames them."""
+    transforms = get_model_conversion_mapping(trunk)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    state, prefix = trunk.state_dict(), trunk.base_model_prefix
+    names: dict[str, str] = {}
+    for stored in sorted(files.shapes, key=dot_natural_key):  # a renaming may depend on what came before
+        name, _ = rename_source_key(stored, renamings, converters, prefix, state)
+        names[name] = stored
+    return names
 
 
 def check_report(source: str | Path, config: PretrainedConfig, report: dict) -> None:

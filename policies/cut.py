@@ -8,6 +8,7 @@ a state that is wrong shows in the log-probabilities.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,10 +45,20 @@ def _named(pattern: str, fields: dict[str, Any]) -> dict[str, int]:
     return {name: value for name, value in fields.items() if re.search(pattern, name) and type(value) is int}
 
 
+def windows(fields: dict[str, Any]) -> dict[str, int]:
+    """The sizes of windows, chunks and blocks that are shorter than the context, by their fields.
+
+    >>> windows({"max_position_embeddings": 4096, "sliding_window": 4096, "chunk_size": 64})
+    {'chunk_size': 64}
+    """
+    context = fields.get("max_position_embeddings") or math.inf
+    return {name: size for name, size in _named(WINDOWS, fields).items() if 0 < size < context}
+
+
 def has_windows(config: PretrainedConfig) -> bool:
     """Tells whether windows, chunks, blocks or an indexer make long prompts something else than short ones."""
     fields = config.get_text_config(decoder=True).to_dict()
-    return any(_named(WINDOWS, fields).values()) or any(fields.get(name) for name in (*BUDGETS, "compress_rates"))
+    return bool(windows(fields)) or any(fields.get(name) for name in (*BUDGETS, "compress_rates"))
 
 
 def cut(
@@ -100,7 +111,9 @@ def cut_model(
             torch.default_generator.manual_seed(seed)
             try:
                 small = cut(config, layers, narrow=narrow, whole_vocabulary=whole_vocabulary)
-                model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=attention)
+                model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+                if attention is not None:
+                    model.config._attn_implementation = attention
                 randomize(model.eval())
                 vocabulary = model.get_input_embeddings().weight.shape[0]
                 tokens = torch.randint(2, vocabulary, (1, 3 * WINDOW))
@@ -115,7 +128,7 @@ def cut_model(
 
 def _cut(fields: dict[str, Any], layers: int, narrow: bool) -> dict[str, Any]:
     small = fields | cut_layers(fields, layers)
-    small |= {name: min(window, WINDOW) for name, window in _named(WINDOWS, small).items()}
+    small |= {name: min(window, WINDOW) for name, window in windows(small).items()}
     if small.get("compress_rates"):  # DeepSeek-V4
         small["compress_rates"] = {kind: min(rate, WINDOW) for kind, rate in small["compress_rates"].items()}
     small |= {name: min(small[name], budget) for name, budget in BUDGETS.items() if small.get(name)}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -101,6 +101,11 @@ class WeightFiles:
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
         return tensors
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """One row of a matrix."""
+        with safe_open(self.file_of[name], framework="pt") as file:
+            return cast(Tensor, file.get_slice(name)[row : row + 1][0])
 
     def _shard(self, name: str, index: Mapping[str, str]) -> str:
         path = find_file(self.source, name)

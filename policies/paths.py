@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Self
 
 Sampler = Literal["own", "joined", "apart", "whole"]
@@ -29,7 +29,7 @@ STATES: dict[States, str] = {
 class Paths:
     """`sampler`: what keeps what was read; `rows`: how the learner reads a group; `states`: what gives the states that
     the LM head multiplies, the decoder or, in models that change them again, a forward that ends at the LM head. The
-    load check chooses them.
+    load check chooses them, and `slower` says of each faster path why it was not taken.
 
     >>> str(Paths("joined", "alone"))
     "sampled by transformers' cache; every completion is read with its prompt"
@@ -38,6 +38,16 @@ class Paths:
     sampler: Sampler = "own"
     rows: Rows = "packed"
     states: States = "decoder"
+    slower: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def with_reasons(self) -> str:
+        """The paths, and why no faster ones were taken.
+
+        >>> Paths("joined", slower=("not 'our cache': it differs by 6",)).with_reasons.partition("; ")[2]
+        "a prompt is read once for its completions (not 'our cache': it differs by 6)"
+        """
+        return f"{self} ({'; '.join(self.slower)})" if self.slower else str(self)
 
     def __str__(self) -> str:
         return f"sampled by {SAMPLERS[self.sampler]}; {ROWS[self.rows]}"
@@ -48,4 +58,5 @@ class Paths:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
-        return cls(**json.loads(content))
+        fields = json.loads(content)
+        return cls(**fields | {"slower": tuple(fields.get("slower", ()))})

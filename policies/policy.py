@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -55,7 +56,8 @@ class Policy(nn.Module):
         # A checkpoint's MTP layers after the first, by their names there. They are kept and saved as they are.
         self.further_mtp: dict[str, Tensor] = {}
         self.processor: dict[str, bytes] = {}  # files that go with a model which reads pictures
-        self.own_attention = trunk.config._attn_implementation  # of the trunk, as its makers have it
+        # Of the language model, as its makers have it; what reads pictures may have another one (GOT-OCR2).
+        self.own_attention = trunk.config.get_text_config(decoder=True)._attn_implementation
         # Torch's `sdpa` has neither sinks nor caps. Ours has them, as flex attention has them of models that name it.
         if self.own_attention == "sdpa" or (trunk._supports_flex_attn and not trunk._supports_sdpa):
             trunk.config._attn_implementation = ATTENTION
@@ -162,11 +164,13 @@ class Policy(nn.Module):
     def _mask(self, packing: Packing) -> Tensor | dict[str, Tensor | None] | None:
         """The mask of packed rows: one for each kind of layer where some have none, or where a model attends by itself
         and a window slides."""
-        how, dtype = self.config._attn_implementation, self.trunk.dtype
+        how, dtype, text = self.config._attn_implementation, self.trunk.dtype, self.config.get_text_config(decoder=True)
         mask = packing.mask(dtype) if has_indexer(self.config) else packing.mask_for(how, dtype)
-        windowed = packing if how == ATTENTION else packing.within(getattr(self.config, "sliding_window", None))
+        if isinstance(mask, BlockMask) and getattr(text, "layer_types", None):
+            mask.ndim = len(mask.shape)  # models that may have recurrent layers ask for it where they have none
+        windowed = packing if how == ATTENTION else packing.within(getattr(text, "sliding_window", None))
         of_window = mask if windowed is packing else windowed.mask(dtype)
-        if self.recurrent or (of_window is not mask and getattr(self.config, "layer_types", None)):
+        if self.recurrent or (of_window is not mask and getattr(text, "layer_types", None)):
             return {"full_attention": mask, "sliding_attention": of_window, "linear_attention": None, "conv": None}
         return of_window
 

@@ -18,6 +18,7 @@ from policies.lm_head import last_states
 from policies.logprobs import shifted_logprobs, token_logprobs
 from policies.paths import ROWS, SAMPLERS, STATES, Paths
 from policies.policy import Policy, PolicyError
+from policies.presets import small_tokenizer
 from rollout.group import Prompt
 from rollout.sampling import SamplingParams
 
@@ -25,9 +26,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a log-probability; 
 EXACT = 1e-4  # the same of a small model with random weights in float32
 STOCK = 3e-3  # by transformers' own cache, which rounds otherwise than its forward (Nemotron-H)
 PROMPTS, TOKENS = (5, 21), 8  # tokens of a prompt, and of a completion
+DIGITS, TOKENS_OF_BYTES = "2 + 2 = 4\n", 272
 GROUPS = (2, 6)  # completions of a row: few, which a mask reads faster, and many, where blocks pay (see Packing.pays)
 READERS = {"states": "the LM head", "sampler": "the sampler", "rows": "the learner"}
 FASTEST = Paths()
+OF_DECODER = "our cache and prompts that are read once need the states that the decoder gives"
 Scores = Callable[[], tuple[Tensor, Tensor]]  # log-probabilities by a path, and by the model's own forward
 
 
@@ -39,16 +42,22 @@ def check_agreement(policy: Policy) -> None:
     PolicyError naming the model type where none does.
     """
     dtype, fastest = next(policy.parameters()).dtype, FASTEST
-    if policy.trunk.get_output_embeddings() is None:
-        raise _refusal(policy.config.model_type, "it has no LM head")
-    if not is_language_model(policy.config):
-        raise _refusal(policy.config.model_type, "transformers builds its language model with the rest alone")
+    refuse_form(policy)
     if dtype != torch.float32 or has_windows(policy.config):
         fastest = fastest_of_cut(policy)
     choose_paths(policy, TOLERANCE[dtype], fastest)
 
 
+def refuse_form(policy: Policy) -> None:
+    """Raises PolicyError for a model that cannot be trained, as far as it shows without weights."""
+    if policy.trunk.get_output_embeddings() is None:
+        raise _refusal(policy.config.model_type, "it has no LM head")
+    if not is_language_model(policy.config):
+        raise _refusal(policy.config.model_type, "transformers builds its language model with the rest alone")
+
+
 _OF_CUT: dict[str, Paths] = {}  # by configuration, attention and device
+UNTRIED = "no small model of this type can be built, and rows that are tried are shorter than its windows"
 
 
 def fastest_of_cut(policy: Policy) -> Paths:
@@ -58,20 +67,44 @@ def fastest_of_cut(policy: Policy) -> Paths:
     key = f"{shape.to_dict()} {policy.own_attention} {device}"
     if key not in _OF_CUT:
         try:
-            small = Policy(cut_model(shape, attention=policy.own_attention).to(device), None, policy.tokenizer)
-            choose_paths(small, EXACT)
-            _OF_CUT[key] = small.paths
+            _OF_CUT[key] = paths_of_cut(policy, device)
         except (ValueError, RuntimeError):  # it cannot be built or held, or every path rounds too much
-            _OF_CUT[key] = Paths("apart", "alone") if has_windows(shape) else FASTEST
+            _OF_CUT[key] = Paths("apart", "alone", slower=(UNTRIED,)) if has_windows(shape) else FASTEST
     return _OF_CUT[key]
+
+
+def paths_of_cut(policy: Policy, device: torch.device, tolerance: float = EXACT) -> Paths:
+    """The fastest paths that agree on a small model of this architecture. Raises PolicyError where none does, and
+    ValueError or RuntimeError where there is no small model. No weight of the policy is read."""
+    tokenizer = policy.tokenizer or small_tokenizer([DIGITS], TOKENS_OF_BYTES)
+    small = Policy(cut_model(policy.config, attention=policy.own_attention).to(device), None, tokenizer)
+    choose_paths(small, tolerance)
+    return small.paths
+
+
+def planned_paths(policy: Policy, device: torch.device) -> str:
+    """How a policy without weights will be sampled and read, and why not faster. Raises PolicyError where a small
+    model of its architecture is refused, also with the tolerance of the lowest precision."""
+    if policy.backend == "native":
+        return f"sampled by our engine; {ROWS['packed']}"
+    refuse_form(policy)
+    try:
+        return paths_of_cut(policy, device).with_reasons
+    except PolicyError as error:
+        paths_of_cut(policy, device, TOLERANCE[torch.bfloat16])
+        return f"chosen when the weights are loaded: with random ones {error}"
+    except (ValueError, RuntimeError) as error:
+        return f"chosen when the weights are loaded: {error}"
 
 
 @torch.no_grad()
 def choose_paths(policy: Policy, tolerance: float, fastest: Paths = FASTEST) -> None:
     """Sets `policy.paths` to the fastest paths whose log-probabilities are within `tolerance`, none of them faster than
     `fastest`. Raises PolicyError where none is."""
+    policy.paths = replace(policy.paths, slower=fastest.slower)
     _choose(policy, "states", STATES, lambda: by_lm_head(policy), tolerance, fastest.states)
-    if policy.paths.states == "head":  # then our cache and packed rows do not serve
+    if policy.paths.states == "head":
+        policy.paths = replace(policy.paths, slower=(*policy.paths.slower, OF_DECODER))
         fastest = Paths("joined" if fastest.sampler == "own" else fastest.sampler, "alone")
     _choose(policy, "sampler", SAMPLERS, lambda: by_sampler(policy), tolerance, fastest.sampler)
     _choose(policy, "rows", ROWS, lambda: by_learner(policy), tolerance, fastest.rows)
@@ -79,20 +112,24 @@ def choose_paths(policy: Policy, tolerance: float, fastest: Paths = FASTEST) -> 
 
 def _choose(policy: Policy, name: str, words: Mapping[Any, str], scores: Scores, tolerance: float, first: str) -> None:
     """The paths before `first` are not tried."""
-    fault, paths = "", list(words)
+    faults: dict[str, str] = {}  # by the words of a path
+    paths = list(words)
     for path in paths[paths.index(first) :]:
         policy.paths = replace(policy.paths, **{name: path})
         try:
             by_path, own = scores()
         except Exception as error:  # whatever a model that nobody here wrote may raise
-            fault = f"{type(error).__name__}: {error}"
+            faults[words[path]] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             continue
         difference = (by_path - own).abs().max().item()
         if difference <= (max(tolerance, STOCK) if path in ("joined", "apart") else tolerance):
+            slower = [f"not {faster!r}: {fault}" for faster, fault in faults.items()]
+            policy.paths = replace(policy.paths, slower=(*policy.paths.slower, *slower))
             return
-        fault = f"log-probabilities differ from those of its own forward by {difference:.1g}"
+        faults[words[path]] = f"log-probabilities differ from those of its own forward by {difference:.1g}"
+    last = words[paths[-1]]
     raise _refusal(
-        policy.config.model_type, f"{READERS[name]} fails in every way, and at last ({words[paths[-1]]}): {fault}"
+        policy.config.model_type, f"{READERS[name]} fails in every way, and at last ({last}): {faults[last]}"
     )
 
 

@@ -99,7 +99,7 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
 
         raise PolicyError(stays_packed(config.model, packing.quantization_config.quant_method))
     if policy.paths != Paths():
-        run.log.say(f"a model of type {policy.config.model_type!r} is {policy.paths}")
+        run.log.say(f"a model of type {policy.config.model_type!r} is {policy.paths.with_reasons}")
     if task.held_out or isinstance(config, TrainConfig | MtpConfig):
         task.check_lengths(policy, config.rollout.max_completion_tokens)
     return policy

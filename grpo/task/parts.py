@@ -22,7 +22,7 @@ from grpo.task.plan import Plan
 from grpo.task.table import asked
 from grpo.task.task import Task
 from policies import four_bit, presets
-from policies.checkpoint import check_files
+from policies.checkpoint import check_files, note_own_code
 from policies.devices import device_of
 from policies.layout import find_file
 from policies.policy import PolicyError, read_tokenizer
@@ -41,8 +41,12 @@ def check_trackers(plan: Plan) -> None:
 
 
 def check_weights(plan: Plan) -> None:
-    """The files of a folder, if it has weights."""
-    if isinstance(plan.options, RunConfig) and plan.has_files:
+    """The files of a folder, if it has weights. Code in it is noted in the words of the run."""
+    if not isinstance(plan.options, RunConfig):
+        return
+    if plan.source.base not in presets.PRESETS:
+        note_own_code(plan.source.base)
+    if plan.has_files:
         check_files(Path(plan.source.folder))
 
 

@@ -271,3 +271,14 @@ def test_the_context_ends_where_layers_of_any_kind_change_their_rotation(hf_poli
     for rope, length in ((plain, 256), (long, 16)):
         each = {"sliding_attention": plain, "full_attention": rope}
         assert hf_policy("gemma3_text", rope_parameters=each, **kinds).max_length == length
+
+
+def test_a_checkpoint_with_code_is_read_by_transformers_own_class_and_says_so_once(saved, caplog):
+    Policy.load(saved)
+    assert "auto_map" not in caplog.text
+    again = saved.rename(saved.with_name("with_code"))
+    file = again / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "configuration_own.Own"}}))
+    for _ in range(2):
+        Policy.load(again)
+    assert caplog.text.count("brings code (auto_map in config.json), which is never run: transformers' own") == 1

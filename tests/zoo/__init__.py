@@ -1,14 +1,16 @@
 """A tiny model of every causal type of transformers, built on the fly, in which no weight is neutral.
 
-`kinds()` lists the types, `tiny(kind)` builds one, with every kind of layer that its architecture has. Its matrices are
-wide and its norms, biases, sinks and decays are random, so that a layer left out, a mask or a state that is wrong show
-in its log-probabilities. `refused()` says why the other types are not here.
+`kinds()` lists the types, `tiny(kind)` builds one, with every kind of layer that its architecture has, and
+`policy(kind)` loads one from its folder. Its matrices are wide and its norms, biases, sinks and decays are random, so
+that a layer left out, a mask or a state that is wrong show in its log-probabilities. `refused()` says why the other
+types are not here.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,8 @@ def tiny_config(kind: str, layers: int | None = None, **changes: Any) -> Pretrai
                 fields[name] = _small(
                     type(getattr(usual, name)), 1, TABLE["parts"].get(kind, {}).get(name, {})
                 ).to_dict()
-        return form(**fields)
+        whole = {name: changes[name] for name in ("tie_word_embeddings",) if name in changes}
+        return form(**fields | whole)
 
 
 def _small(form: type[PretrainedConfig], layers: int | None, own: dict[str, Any]) -> PretrainedConfig:
@@ -140,9 +143,19 @@ def tiny(kind: str, layers: int | None = None, seed: int = 0, **changes: Any) ->
     return model
 
 
+def folder(where: str | Path, kind: str, layers: int | None = None, seed: int = 0, **changes: Any) -> Path:
+    """Writes a tiny model as models are published: config.json, safetensors and a tokenizer of word problems that has
+    as many tokens as the model."""
+    with quiet():
+        tiny(kind, layers, seed, **changes).save_pretrained(where)
+    _tokenizer().save_pretrained(where)
+    return Path(where)
+
+
 def policy(kind: str, layers: int | None = None, seed: int = 0, **changes: Any) -> Policy:
-    """A tiny model with a tokenizer of word problems that has as many tokens as the model."""
-    return Policy(tiny(kind, layers, seed, **changes), None, _tokenizer())
+    """A tiny model, loaded from a folder as users do. Raises PolicyError for a type whose folders are refused."""
+    with tempfile.TemporaryDirectory() as where:
+        return Policy.load(folder(where, kind, layers, seed, **changes))
 
 
 @functools.cache

@@ -3,17 +3,20 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_learner import small_learner
 
 import zoo
 from grpo.config.learner import LearnerOptions
 from grpo.source.agreement import by_learner, by_sampler, check_agreement
+from policies.checkpoint import check_files
 from policies.contradictions import refuse_type
-from policies.policy import PolicyError
+from policies.policy import Policy, PolicyError
 from rewards.group_score import GroupScore
 from rollout.decoding.engine import Engine
 from rollout.group import Prompt
@@ -57,6 +60,46 @@ def test_a_type_whose_folders_are_refused_is_refused_on_the_page(tmp_path):
             refused[kind] = str(error).partition(": ")[2]
     assert {"deepseek_v32", "deepseek_v4", "longcat_flash"} <= set(refused)
     assert refused.items() <= REASONS.items()
+
+
+def told(act: Callable[[], object], folder: Path) -> str:
+    """The words of a refusal, without the name of the folder."""
+    try:
+        act()
+    except PolicyError as error:
+        return str(error).replace(str(folder), "FOLDER")
+    return ""
+
+
+def put_lm_head(folder: Path, kind: str, tied: bool) -> None:
+    """Adds an LM head that is not the embedding to a `tied` model, and takes it away from another one."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    stored = load_file(file)
+    model = zoo.tiny(kind, tie_word_embeddings=False)
+    [name] = [n for n, module in model.named_modules() if module is model.get_output_embeddings()]
+    if tied:
+        stored[f"{name}.weight"] = torch.randn(model.get_output_embeddings().weight.shape)
+        fields = json.loads(config.read_text())
+        config.write_text(json.dumps(fields | {"tie_word_embeddings": True}))
+    else:
+        own = model.get_output_embeddings().weight
+        stored = {name: tensor for name, tensor in stored.items() if tensor.shape != own.shape or "embed" in name}
+    save_file(stored, file, metadata={"format": "pt"})
+
+
+HEADS = ("llama", "gemma3", "sarvam_mla", "exaone", "cpmant")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_contract_20_an_lm_head_that_is_not_the_configurations_is_refused_in_the_same_words(kind, tied, tmp_path):
+    folder = zoo.folder(tmp_path, kind, tie_word_embeddings=False)
+    assert told(lambda: check_files(folder), folder) == told(lambda: Policy.load(folder), folder) == ""
+    put_lm_head(folder, kind, tied)
+    words = told(lambda: Policy.load(folder), folder)
+    expected = "tie_word_embeddings=True in config.json" if tied else "lacks the tensors"
+    assert words.startswith(f"model='FOLDER'{':' if tied else ''} {expected}")
+    assert told(lambda: check_files(folder), folder) == words
 
 
 @pytest.mark.slow

@@ -21,3 +21,11 @@ def test_a_model_is_tiny_always_the_same_and_far_from_uniform(kind):
         logits = model(input_ids=torch.randint(2, zoo.VOCABULARY, (1, 40)), use_cache=False).logits
     assert 1 < logits.std(-1).mean() < 4
     assert all(p.std() > 0 for p in model.parameters() if p.numel() > 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "sarvam_mla", "gemma3", "youtu", "zaya"])
+def test_a_policy_of_the_zoo_has_been_read_from_its_folder_and_is_what_was_written(kind, tmp_path):
+    written, read = zoo.tiny(kind).state_dict(), zoo.policy(kind).trunk.state_dict()
+    assert {name for name, tensor in written.items() if not torch.equal(tensor, read[name])} == set()
+    names = {path.name for path in zoo.folder(tmp_path, kind).iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names

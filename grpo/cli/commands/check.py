@@ -35,10 +35,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from grpo.source.agreement import EXACT, STOCK, by_learner, by_lm_head, by_sampler, choose_paths
 from grpo.source.policy_source import find_policy, shape_of
 from policies import lora
-from policies.checkpoint import check_weights
+from policies.checkpoint import check_weights, own_code
 from policies.contradictions import why_refused
 from policies.cut import CHOSEN, WINDOW, cut_model, has_windows, quiet
-from policies.layout import PolicyError
+from policies.layout import PolicyError, WeightFiles
 from policies.lm_head import last_states
 from policies.policy import Policy, checkpoint_layers, read_tokenizer
 from policies.presets import PRESETS, small_tokenizer
@@ -62,6 +62,7 @@ TEXT = "X  = 1 ;\n\tif a : b , c .\n\n  é 漢字 🙂 don't \n"  # spaces that 
 SAID = "It is  4.\n\n    So: 4"
 THOUGHT = "adding both"
 TRIMS = "trims what was said"
+READABLE = "keeps turns", "drops earlier thoughts", TRIMS  # so the end of a turn, if there is one, is found
 COMPARED = (
     *("the same twice", "causal", "prefill + decode = whole forward", "prompt in pieces", "rows in one cache"),
     *("batch invariance", "left = right padding", "decode beside padding", "packed = alone"),
@@ -130,6 +131,8 @@ def check(model: str, layers: int = 1) -> list[Row]:
         raise PolicyError(f"model={model!r}: {error}; name a folder or a hub id whose config.json is whole") from error
     if source is None or source in PRESETS:
         return rows  # nobody has given it a tokenizer
+    if words := own_code(source):
+        rows.append(Row("own code", {TRANSFORMERS: "never run"}, note=words))
     if any(Path(source).glob("*.safetensors")):
         rows.append(_files(Path(source), shape))
     try:
@@ -152,7 +155,7 @@ def _files(folder: Path, shape: PretrainedConfig) -> Row:
     """Whether the weights of a folder are those of its configuration."""
     result = Row("weights")
     try:
-        check_weights(folder, shape)
+        check_weights(WeightFiles(folder), shape)
         result.say(OURS, "as config.json describes them")
     except PolicyError as error:
         result.say(OURS, "refused", wrong=True)
@@ -194,6 +197,7 @@ def examine(shape: PretrainedConfig, layers: int = 1) -> list[Row]:
             if policy.backend == "transformers":
                 choose_paths(policy, EXACT)
             paths.say(OURS, str(policy.paths))
+            paths.note = "; ".join(policy.paths.slower)
         except PolicyError as error:
             paths.say(OURS, "refused", wrong=True)
             paths.note = str(error)
@@ -539,6 +543,9 @@ def examine_text(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], vocab
         trip.note = "take the tokenizer of this model, or set vocab_size in config.json to what the weights are"
     if not stops:
         ends.say(TRANSFORMERS, "no stop token", wrong=True)
+    elif end is None and words in READABLE:
+        ends.say(TRANSFORMERS, "a turn of the template has no end", wrong=True)
+        ends.note = "let the chat template write the token that ends a turn after each answer"
     elif end is not None and end not in stops:
         ends.say(TRANSFORMERS, f"a turn ends with {tokenizer.decode([end])!r}, and stops are {names}", wrong=True)
     elif tokenizer.pad_token_id in stops:

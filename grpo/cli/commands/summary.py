@@ -25,6 +25,7 @@ from grpo.run import hardware
 from grpo.run.lock import refuse_folder
 from grpo.run.resume import saved_state
 from grpo.run.reward_record import refuse_changed_sources
+from grpo.source.agreement import planned_paths
 from grpo.source.policy_source import meta_policy
 from grpo.task.check import check_plan, open_task
 from grpo.task.parts import check_prompts, tokenizer_of
@@ -218,6 +219,12 @@ class DryRun:
     def check(self, task: Task) -> None:
         check_prompts(self.plan, task)
 
+    def paths(self) -> str:
+        """How the policy will be sampled and read. Raises PolicyError for a type that the run refuses."""
+        paths = planned_paths(self.plan.bare_policy(), device_of(self.config.device))
+        backend = self.config.rollout.backend if isinstance(self.config, TrainConfig) else None
+        return f"sampled by vLLM (here: {paths})" if backend == "vllm" else paths
+
     def fits(self) -> bool:
         """Print memory by device, and whether this machine has that much, and the disk. Returns whether it has."""
         there = machine.Memory.there(device_of(self.config.device), self.device_gib)
@@ -271,6 +278,7 @@ class DryRun:
             yield "adapters are on", reach_in_words(*reach(policy.trunk, lora.targets))
             policy.add_lora(lora.rank, lora.alpha, lora.targets)
             trained = sum(p.numel() for p in policy.trunk.parameters() if p.requires_grad)
+        yield "sampling and learning", self.paths()
         yield "parameters", f"{total / 1e6:,.1f} M, trained {trained / 1e6:,.1f} M ({trained / total:.1%})"
         if lora is not None and lora.base:
             yield "base in 4 bits", _in_4_bits(trunk)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import zoo
 
 from grpo.source import agreement
 from grpo.source.agreement import check_agreement
@@ -73,3 +74,34 @@ def test_where_no_small_model_can_be_built_windows_are_left_to_transformers(
         parameter.data = parameter.data.to(torch.bfloat16)
     check_agreement(policy)
     assert policy.paths == paths
+
+
+FULL = {"layer_types": ["full_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen3_5_text", FULL),
+        ("lfm2", FULL | {"num_hidden_layers": 2}),
+        ("got_ocr2", {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None, "sliding_window": 8}),
+        ("phimoe", {"sliding_window": 256}),  # as long as the context: it never slides
+    ],
+)
+def test_a_prompt_is_read_once_where_a_layer_only_asks_for_more_of_the_mask(kind, changes):
+    policy = zoo.policy(kind, **changes)
+    check_agreement(policy)
+    assert (policy.paths, policy.paths.slower) == (Paths(), ())
+    assert policy.reads_trees
+
+
+def test_no_slower_path_is_taken_without_its_reason():
+    policy = zoo.policy("minimax")
+    check_agreement(policy)
+    assert policy.paths == Paths("apart", "alone")
+    no_cache, no_padding, no_packing = policy.paths.slower
+    for reason, path in ((no_cache, "our cache"), (no_padding, "transformers' cache"), (no_packing, "a prompt is read")):
+        assert reason.startswith(f"not {path!r}"[:-1])
+        assert "log-probabilities differ from those of its own forward by" in reason
+    assert all(reason in policy.paths.with_reasons for reason in policy.paths.slower)
+    assert Paths.from_bytes(policy.paths.to_bytes()).slower == policy.paths.slower

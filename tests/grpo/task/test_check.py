@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import zoo
 from safetensors.torch import load_file, save_file
 
-from grpo.cli.commands import summary
+from grpo.cli.commands import check, summary
 from grpo.cli.launch import launch
 from grpo.cli.mtp import mtp
 from grpo.cli.parse import main
@@ -15,6 +17,7 @@ from grpo.config.mtp import MtpConfig
 from grpo.config.run import SftConfig
 from grpo.sft import sft
 from grpo.train import train
+from policies.checkpoint import note_own_code
 from policies.policy import PolicyError
 from policies.presets import PRESETS
 from rewards.config.options import load
@@ -128,6 +131,54 @@ def test_contract_20_an_lm_head_that_is_not_the_configurations_is_refused_in_the
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         assert "lacks the tensors lm_head.weight" in both(config, train)
     assert not (tmp_path / "r").exists()
+
+
+def test_code_of_a_checkpoint_is_noted_in_the_same_words_by_the_plan_the_run_and_check(
+    micro_config, hf_policy, tmp_path, caplog, monkeypatch
+):
+    folder = tmp_path / "with_code"
+    hf_policy("llama").save(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "configuration_own.Own"}}))
+    given = {"rollout.draft_tokens": 0, "mtp.loss_weight": 0, "sft.steps": 0, "steps": 1}
+    config = micro_config(tmp_path / "r", model=str(folder), **given)
+    said = []
+    for act in (summary.dry_run, train):
+        note_own_code.cache_clear()
+        caplog.clear()
+        act(config)
+        said += [record.getMessage() for record in caplog.records if "auto_map" in record.getMessage()]
+    monkeypatch.setattr(check, "examine", lambda *_: [])
+    [row] = [row for row in check.check(str(folder)) if row.name == "own code"]
+    assert said == [row.advice, row.advice]
+    assert row.wrong == []
+    assert "which is never run: transformers' own llama computes it" in row.advice
+
+
+STOCK = {"rollout.draft_tokens": 0, "mtp.loss_weight": 0, "sft.steps": 0, "steps": 1}
+
+
+def test_the_plan_and_the_run_say_which_path_a_model_takes_and_why(micro_config, tmp_path, capsys):
+    config = micro_config(tmp_path / "r", model=str(zoo.folder(tmp_path / "m", "bloom")), **STOCK)
+    words = (
+        "sampled by transformers' cache; every completion is read with its prompt (not 'our cache': ValueError: its "
+        "layers do not attend through the attention interface of transformers; not 'a prompt is read once"
+    )
+    for act in (summary.dry_run, train):
+        act(config)
+        said = " ".join(re.sub("[│┃]", "", capsys.readouterr().out).split())
+        assert words in said
+
+
+def test_contract_20_a_type_that_is_refused_when_it_is_loaded_is_refused_in_the_plan(micro_config, tmp_path):
+    config = micro_config(tmp_path / "r", model=str(zoo.folder(tmp_path / "m", "cpmant")), **STOCK)
+    said = []
+    for refuse in (summary.dry_run, train):
+        with pytest.raises(PolicyError) as error:
+            refuse(config)
+        said.append(re.sub(r"by [\d.e+]+", "by N", str(error.value)))
+    assert said[0] == said[1]
+    assert "a model of type 'cpmant' cannot be trained here: the sampler fails in every way" in said[0]
 
 
 def test_an_lm_head_of_another_name_is_not_missing(micro_config, hf_policy, tmp_path):

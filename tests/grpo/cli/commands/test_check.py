@@ -500,6 +500,7 @@ def test_bugs_of_recurrent_states_are_named(without_trl, monkeypatch):
         ("template", "{% for m in messages %}{{ m.content }", "TemplateSyntaxError"),
         ("stop and pad", STEPS.replace("<|end|>", "</turn>") + BEGINS, "a turn ends with '<', and stops are '<|end|>'"),
         ("stop and pad", STEPS + BEGINS, "no stop token"),
+        ("stop and pad", STEPS.replace("<|end|>", "") + BEGINS, "a turn of the template has no end"),
     ],
 )
 def test_a_broken_template_is_named_in_its_line(line, template, words):
