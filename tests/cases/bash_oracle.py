@@ -14,7 +14,8 @@ from pathlib import Path
 
 PROGRAM = "verl.trainer.main_ppo"
 STARTS = ("python3", "python", "uv", "torchrun", "ray", "nohup", "sudo", "accelerate")
-REAL = ("date", "dirname", "basename", "cat", "env", "realpath", "tee", "tr", "cut", "grep", "awk", "sed", "wc", "head")
+REAL = ("bash", "date", "dirname", "basename", "cat", "env", "realpath", "tee", "tr", "cut", "grep", "awk", "sed", "wc")
+REAL = (*REAL, "head")
 NOTHING = ("mkdir", "pip", "pip3", "sleep", "pkill", "rm", "chmod", "touch", "clear")
 PRELUDE = """ulimit() { :; }
 command_not_found_handle() { return 0; }

@@ -16,8 +16,8 @@ from typing import Any
 from yaml import YAMLError
 
 from grpo.cli.migration.migration import Migration, Unsupported, carried, changes_training, relative
-from grpo.cli.migration.shell import Shell, how_to_give
-from grpo.cli.migration.shell_words import is_known, names_in, shown
+from grpo.cli.migration.shell import Shell
+from grpo.cli.migration.shell_state import how_to_give, is_known, names_in, shown
 from grpo.config.loss import UNREAD
 from rewards.config.names import take_option, trainers
 from rewards.config.yaml_file import parse_yaml, to_yaml
@@ -98,6 +98,7 @@ def read_overrides(text: str, file: Path | None = None) -> Overrides:
         raise ValueError(f"there is no command of {PROGRAM} in it{ends}; {shell.way_out()}")
     result = Overrides({}, {}, list(shell.notes))
     for name, value in _assignments(words).items():
+        shell.refuse_choice(name, value)
         if is_known(value):
             result.values[name] = _value(value)
         else:
