@@ -37,6 +37,9 @@ its condition. The test `python3 -c 'import torch_npu'` is answered for the Pyth
 the variable that overrides it. If a script starts verl several times, the first command is read, and a note names the
 line of the second. You can always pass the command itself: paste the words from `python3 -m verl.trainer.main_ppo` on.
 
+Words such as `+key=value`, `~key` and `{{a:1}}` are read as Hydra reads them. A file that `--config-path` and
+`--config-name` name is read if it is here. DAPO's `recipe.dapo.main_dapo` is read like `verl.trainer.main_ppo`.
+
 - **Batches.** TRL counts completions: an update learns from `per_device_train_batch_size` × processes ×
   `gradient_accumulation_steps` of them, which is `prompts_per_step` × `rollout.group_size` here. `max_steps` counts
   updates; `steps` counts batches, each of which has `learner.updates_per_batch` updates (`num_iterations`). verl

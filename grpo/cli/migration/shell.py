@@ -74,7 +74,7 @@ class Shell(Builtins):
             text = self.text(assignment.get("Value"))
             before = self.variables.get(name, "") if appends else ""
             if name in self.asked:
-                text = self.given.get(name, text)
+                text = self.given.get(name) or text
             self.asked.clear()
             self.assigned = ""
             self.assign(name, f"{before}{text}")
@@ -344,7 +344,7 @@ class Shell(Builtins):
 
     def _call(self, words: list[str]) -> None:
         name, arguments = words[0], words[1:]
-        at = words.index(self.program) if self.program in words else 0
+        at = next((number for number, word in enumerate(words) if word in self.programs), 0)
         if body := self.functions.get(name):
             self._call_function(body, arguments)
         elif name in ("command", "builtin", "exec", "nohup") and arguments and not arguments[0].startswith("-"):
@@ -369,7 +369,7 @@ class Shell(Builtins):
         if len(self.commands) > 1:
             if arguments != self.commands[0]:
                 self.note(
-                    f"Line {self.line} starts {self.program} again with other options, and only the first command is "
+                    f"Line {self.line} starts it again with other options, and only the first command is "
                     "read; paste the words of another one to read that."
                 )
             raise Ended
@@ -425,8 +425,9 @@ class Shell(Builtins):
         return text if is_known(text) else ""
 
     def _is_started(self, word: str) -> bool:
-        """Whether a word has the program in it, and not only one with a longer name."""
-        return re.search(rf"{re.escape(self.program)}(?![\w.])", word) is not None
+        """Whether a word has one of the programs in it, and not only one with a longer name."""
+        names = "|".join(map(re.escape, self.programs))
+        return re.search(rf"(?<![\w.])({names})(?![\w.])", word) is not None
 
     def _note_other(self, words: list[str]) -> None:
         """Keeps the name of another program of the same package, for the error if there is no command."""
@@ -435,7 +436,7 @@ class Shell(Builtins):
         files = [word for word in words[1:2] if word.endswith(".py")]
         for program in [*modules, *files]:
             if "main" in program or program.startswith(f"{package}."):
-                self.ends.append(f"line {self.line} starts {program}, whose options are others")
+                self.ends.append(f"line {self.line} starts {program}, which is another program")
 
     def _nested(self, text: str, arguments: list[str], file: str = "") -> None:
         """Another shell, which has what is exported."""

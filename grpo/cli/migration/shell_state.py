@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import NoReturn, Self
@@ -92,8 +92,8 @@ class Undecided(ValueError):
 class State:
     """The variables of one shell, and where it is."""
 
-    def __init__(self, program: str, environment: Mapping[str, str], file: Path | None = None):
-        self.program = program
+    def __init__(self, programs: Sequence[str], environment: Mapping[str, str], file: Path | None = None):
+        self.programs, self.program = programs, programs[0]  # those that are looked for, and the one to name
         self.given = {name: value for name, value in environment.items() if not IS_SECRET.search(name)}
         self.variables: dict[str, Value] = {name: mark(f"${name}", name) for name in OF_MACHINE}
         self.variables |= {"PWD": os.getcwd(), "OPTIND": "1"} | self.given
@@ -177,7 +177,7 @@ class State:
         nameless = [source for kind, cause, source in MARK.findall(value) if kind == UNKNOWN and not cause]
         if not nameless:
             return value
-        if name in self.given:
+        if self.given.get(name):
             self.note(f"{name}={self.given[name]} is read from the environment in place of {nameless[0]}.")
             return self.given[name]
         return MARK.sub(lambda found: mark(found[3], found[2] or name, found[1]), value)

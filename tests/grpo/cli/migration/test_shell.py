@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo.cli.migration.verl_command import _assignments, _value, read_overrides, read_verl_command
+from grpo.cli.migration.hydra import overrides, value_of
+from grpo.cli.migration.verl_command import read_overrides, read_verl_command
 from tests.cases.bash_oracle import PROGRAM, words_of_bash
 
 PPO = f"python3 -m {PROGRAM}"
@@ -260,7 +261,7 @@ PPO a="$A" b="$B" d=\"none\" "e=['/x/a', '/x/b']" f="[\"$HOME/x\"]" g=a\ b '+h={
 
 def by_bash(script: Path, folder: Path, environment=None, arguments=()):
     words = words_of_bash(script, folder, environment, arguments)
-    return None if words is None else {name: _value(value) for name, value in _assignments(words).items()}
+    return None if words is None else {each.name: value_of(each.text) for each in overrides(words)}
 
 
 @pytest.fixture
