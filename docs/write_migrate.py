@@ -26,12 +26,19 @@ does to them is part of what it trains on. The process ends after `--timeout_s`,
 `--processes` says how many `accelerate launch` would start.
 
 `quartet from-verl` needs shfmt, which parses the script (`pip install 'quartet-rl[verl]'`). It reads the text of the
-command and runs nothing. Options get the values that bash would give them: variables, arrays, functions, `case` and
-`if` are evaluated, with your environment and the script's arguments. Anything else is refused with its line: a loop,
-`shift`, `eval`, `${{x##*/}}`, or a condition on a file or on the output of a program. If a variable would decide the
-condition, the error names it. You can always pass the command itself: paste the words from
-`python3 -m verl.trainer.main_ppo` on. The test `python3 -c 'import torch_npu'` is answered for the Python that runs
-quartet, and a note names the variable that overrides it.
+command and runs nothing. Options get the values that bash would give them: variables, arrays, functions, loops,
+conditions, `eval` and files that the script sources are evaluated, with your environment and the script's arguments.
+Anything else is refused with its line, such as `select`, `pushd` or `${{x@Q}}`.
+
+A condition on a file or on the output of a program is tried both ways. If the command is the same, it does not matter.
+If an option differs, the error names the condition, the option, and the variable to give:
+`MODEL_PATH=/models/small quartet from-verl run_grpo.sh`. A branch that ends the script is not taken, and a note shows
+its condition. The test `python3 -c 'import torch_npu'` is answered for the Python that runs quartet, and a note names
+the variable that overrides it. If a script starts verl several times, the first command is read, and a note names the
+line of the second. You can always pass the command itself: paste the words from `python3 -m verl.trainer.main_ppo` on.
+
+Words such as `+key=value`, `~key` and `{{a:1}}` are read as Hydra reads them. A file that `--config-path` and
+`--config-name` name is read if it is here. DAPO's `recipe.dapo.main_dapo` is read like `verl.trainer.main_ppo`.
 
 - **Batches.** TRL counts completions: an update learns from `per_device_train_batch_size` × processes ×
   `gradient_accumulation_steps` of them, which is `prompts_per_step` × `rollout.group_size` here. `max_steps` counts

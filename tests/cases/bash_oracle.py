@@ -13,18 +13,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PROGRAM = "verl.trainer.main_ppo"
+PROGRAMS = (PROGRAM, "recipe.dapo.main_dapo", "dapo.main_dapo")
 STARTS = ("python3", "python", "uv", "torchrun", "ray", "nohup", "sudo", "accelerate")
-REAL = ("date", "dirname", "basename", "cat", "env", "realpath", "tee", "tr", "cut", "grep", "awk", "sed", "wc", "head")
+REAL = ("bash", "date", "dirname", "basename", "cat", "env", "realpath", "tee", "tr", "cut", "grep", "awk", "sed", "wc")
+REAL = (*REAL, "head")
 NOTHING = ("mkdir", "pip", "pip3", "sleep", "pkill", "rm", "chmod", "touch", "clear")
 PRELUDE = """ulimit() { :; }
 command_not_found_handle() { return 0; }
 """
 STUB = """#!/bin/bash
 for word in "$@"; do
-    if [ "$word" = verl.trainer.main_ppo ]; then
-        [ -e "$WORDS_OF_STUB" ] || printf '%s\\0' "$@" > "$WORDS_OF_STUB"
-        exit 0
-    fi
+    case "$word" in
+        verl.trainer.main_ppo | recipe.dapo.main_dapo | dapo.main_dapo)
+            [ -e "$WORDS_OF_STUB" ] || printf '%s\\0' "$@" > "$WORDS_OF_STUB"
+            exit 0
+            ;;
+    esac
 done
 [ "$1" = -c ] && exit 1
 exit 0
@@ -34,7 +38,7 @@ exit 0
 def words_of_bash(
     script: Path, folder: Path, environment: Mapping[str, str] | None = None, arguments: Sequence[str] = ()
 ) -> list[str] | None:
-    """What the script hands to `PROGRAM`; None if it ends without it."""
+    """What the script hands to one of `PROGRAMS`; None if it ends without it."""
     stubs, found = folder / "stubs", folder / "words"
     found.unlink(missing_ok=True)
     if not stubs.is_dir():
@@ -53,7 +57,8 @@ def words_of_bash(
     if not found.exists():
         return None
     words = found.read_text(encoding="utf-8").split("\0")[:-1]
-    return words[words.index(PROGRAM) + 1 :]
+    at = next(number for number, word in enumerate(words) if word in PROGRAMS)
+    return words[at + 1 :]
 
 
 def _write_stubs(folder: Path) -> None:

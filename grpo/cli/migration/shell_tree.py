@@ -60,3 +60,11 @@ def _note_texts(node: object, content: bytes) -> None:
         _note_texts(each, content)
     if isinstance(node, dict) and "Pos" in node and "End" in node:
         node["Text"] = content[node["Pos"]["Offset"] : node["End"]["Offset"]].decode(errors="replace")
+
+
+def assigned_names(node: object) -> set[str]:
+    """The variables that a script assigns anywhere."""
+    names = {name for each in _below(node) for name in assigned_names(each)}
+    if isinstance(node, dict) and ("Array" in node or "Value" in node) and isinstance(node.get("Name"), dict):
+        names.add(node["Name"]["Value"])
+    return names

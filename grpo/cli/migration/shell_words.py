@@ -6,87 +6,56 @@ secret. It travels with the text, so that an option or a condition that has it n
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from glob import escape
-from typing import NoReturn
 
+from grpo.cli.migration.shell_patterns import alternatives, replaced, without_end, without_start
+from grpo.cli.migration.shell_state import is_empty, is_known, mark, names_in
+from grpo.cli.migration.shell_sums import Sums
 from grpo.cli.migration.shell_tree import Node
 
-MARK = re.compile("\ue000([?0*])(\\w*)\ue001(.*?)\ue002", re.S)
-UNKNOWN, UNSET, SECRET = "?0*"
 FIELDS = re.compile("(?:\ue000.*?\ue002|[^ \t\n])+|[ \t\n]+", re.S)
 BRACES = re.compile(r"(?<!\\)\{[^{}]*(,|\.\.)[^{}]*\}")
-PARAMETER = {"Type", "Pos", "End", "Text", "Dollar", "Short", "Rbrace", "Param", "Index", "Exp", "Repl"}
+PARAMETER = {"Type", "Pos", "End", "Text", "Dollar", "Short", "Rbrace", "Param", "Index", "Exp", "Repl", "Slice"}
+PARAMETER |= {"Excl", "Length"}
 Piece = tuple[str, str]
 """A text and how it is treated: `literal`, `quoted`, `split` at its blanks, or `break` between two words."""
-Value = str | list[str]
-"""A variable's: a text, or the elements of an array."""
+DEFAULTS = (":-", "-", ":?", "?", ":+", "+", ":=", "=")
+LETTERS = {
+    "^^": str.upper,
+    ",,": str.lower,
+    "^": lambda text: text[:1].upper() + text[1:],
+    ",": lambda text: text[:1].lower() + text[1:],
+}
+CUTS = {"#": (without_start, False), "##": (without_start, True), "%": (without_end, False), "%%": (without_end, True)}
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 
 
-def mark(source: str, name: str = "", kind: str = UNKNOWN) -> str:
-    """A text of which only the source is known, and the variable that would give it."""
-    return f"\ue000{kind}{name}\ue001{source}\ue002"
-
-
-def is_known(text: str) -> bool:
-    return "\ue000" not in text
-
-
-def names_in(text: str) -> list[str]:
-    """The variables that would give what is not known; a text without a variable is named as it is written."""
-    return [name or source for _, name, source in MARK.findall(text)]
-
-
-def shown(text: str) -> str:
-    """The text with the source of what is not known.
-
-    >>> shown("a" + mark("$(hostname)"))
-    'a$(hostname)'
-    """
-    return MARK.sub(r"\3", text)
-
-
-def is_empty(text: str) -> bool | None:
-    """Whether a text is empty, as far as that is known; a secret is not."""
-    if MARK.sub(lambda found: found[2] * (found[1] == SECRET), text):
-        return False
-    return None if text else True
-
-
-def matches(text: str, pattern: str) -> bool:
-    """Whether a pattern of the shell takes the whole text.
-
-    >>> matches("npu0", "np*"), matches("*", "[*]")
-    (True, True)
-    """
-    return fnmatchcase(text, pattern)
-
-
-class Words:
-    """Expands the words of a shell, which has the variables and carries out what words ask for."""
-
-    file: str
-    arguments: list[str]
-    variables: dict[str, Value]
-
-    def refuse(self, source: str = "") -> NoReturn:
-        raise NotImplementedError
+class Words(Sums):
+    """Expands the words of a shell."""
 
     def substitute(self, node: Node) -> str:
         raise NotImplementedError
 
-    def missing(self, name: str, source: str, required: bool = False) -> str:
-        raise NotImplementedError
-
     def fields(self, word: Node) -> list[str]:
         """The words that one word becomes: arrays and blanks of variables make several, or none."""
-        literal = "".join(part["Value"] if part["Type"] == "Lit" else "x" for part in word["Parts"])
-        if BRACES.search(literal):
-            self.refuse(word["Text"])
-        return list(self._fields(word["Parts"]))
+        expanded = self._expanded(word)
+        return [field for parts in expanded for field in self._fields(parts)]
+
+    def _expanded(self, word: Node) -> list[list[Node]]:
+        """The parts of each word that `{a,b}` in a word stands for."""
+        parts = word["Parts"]
+        literal = "".join(part["Value"] if part["Type"] == "Lit" else "x" for part in parts)
+        if not BRACES.search(literal):
+            return [parts]
+        for number, part in enumerate(parts):
+            texts = alternatives(part["Value"]) if part["Type"] == "Lit" and "\\" not in part["Value"] else None
+            if texts:
+                before, after = parts[:number], parts[number + 1 :]
+                words = [word | {"Parts": [*before, part | {"Value": text}, *after]} for text in texts]
+                return [each for one in words for each in self._expanded(one)]
+        self.refuse(word["Text"])
 
     def _fields(self, parts: list[Node]) -> Iterator[str]:
         current: str | None = None
@@ -110,10 +79,15 @@ class Words:
         """Return the word as a pattern. Quoted text is matched literally."""
         parts = []
         for text, how in self.pieces(word["Parts"]):
-            if how != "quoted" and "[" in text:
+            if how != "quoted" and "[:" in text:
                 self.refuse(word["Text"])
-            parts.append(escape(text) if how == "quoted" else text)
+            parts.append(escape(text) if how == "quoted" else text.replace("[^", "[!"))
         return "".join(parts)
+
+    def expression(self, word: Node) -> str:
+        """Return the word as a regular expression. Quoted text is matched literally."""
+        pieces = self.pieces(word["Parts"])
+        return "".join(re.escape(text) if how == "quoted" else text for text, how in pieces)
 
     def pieces(self, parts: list[Node], quoted: bool = False) -> Iterator[Piece]:
         how = "quoted" if quoted else "split"
@@ -121,9 +95,9 @@ class Words:
             kind, text = part["Type"], part.get("Value", "")
             if kind == "Lit":
                 yield from self._literal(text, quoted, first=number == 0)
-            elif kind == "SglQuoted" and not part.get("Dollar"):
-                yield text, "quoted"
-            elif kind == "DblQuoted":
+            elif kind == "SglQuoted":
+                yield self._single(text, part) if part.get("Dollar") else text, "quoted"
+            elif kind == "DblQuoted" and not part.get("Dollar"):
                 yield "", "quoted"
                 yield from self.pieces(part.get("Parts", []), quoted=True)
             elif kind == "ParamExp":
@@ -132,6 +106,8 @@ class Words:
                 yield self.computed(part["X"], part["Text"]), how
             elif kind == "CmdSubst":
                 yield self.substitute(part), how
+            elif kind == "ProcSubst":
+                yield mark(part["Text"]), how
             else:
                 self.refuse(part["Text"])
 
@@ -145,39 +121,132 @@ class Words:
             elif escaped != "\n":  # else the line goes on
                 yield f"\\{escaped}" if quoted and escaped not in '$`"\\' else escaped, "quoted"
 
+    def _single(self, text: str, part: Node) -> str:
+        r"""The text of `$'a\tb'`."""
+        if set(re.findall(r"\\(.)", text, re.S)) - ESCAPES.keys():
+            self.refuse(part["Text"])
+        return re.sub(r"\\(.)", lambda found: ESCAPES[found[1]], text)
+
     # ---- variables
 
     def _parameter(self, node: Node, quoted: bool) -> Iterator[Piece]:
         how = "quoted" if quoted else "split"
         name, operation = node["Param"]["Value"], node.get("Exp", {})
-        index = node["Index"]["Text"] if "Index" in node else ""
-        operator = operation.get("Op", "")
-        several = name in ("@", "*") or index in ("@", "*")
-        changes_letters = operator in LETTERS and "Word" not in operation
-        is_read = not operator or (not several and (operator in DEFAULTS or changes_letters))
-        if node.keys() - PARAMETER or not is_read or (several and "Repl" in node):
+        index = self.index(node)
+        sign = operation.get("Op", "")
+        if node.keys() - PARAMETER or (sign and sign not in (*DEFAULTS, *CUTS, *LETTERS)):
             self.refuse(node["Text"])
-        if several:
-            yield from self._several(self.all(name), how, joined=quoted and "*" in (name, index))
-            return
-        value = self.get(name, index)
-        if operator in DEFAULTS:
-            yield from self._defaulted(name, value, node, quoted)
-        elif value is None:
-            yield self.missing(name, node["Text"]), how
-        elif not is_known(value) and (operator or "Repl" in node):
-            yield mark(node["Text"], *names_in(value)[:1]), how
-        elif "Repl" in node:
-            yield self._replaced(value, node["Repl"]), how
+        several = name in ("@", "*") or index in ("@", "*")
+        if node.get("Excl") and not several:
+            name = self._named(name, node)
+        if node.get("Length"):
+            yield self._length(name, index, several, node), how
+        elif several and sign in DEFAULTS and not self._is_used(name, sign):
+            yield from self._default(node, how, quoted)
+        elif several:
+            yield from self._several(self._changed(name, node, sign), how, joined=quoted and "*" in (name, index))
+        elif sign in DEFAULTS:
+            yield from self._defaulted(name, self.get(name, index), node, quoted)
         else:
-            yield LETTERS.get(operator, str)(value), how
+            yield self._value_of(name, index, node), how
+
+    def index(self, node: Node) -> str:
+        """The index of an element, with the value of its variable."""
+        if "Index" not in node:
+            return ""
+        text = node["Index"]["Text"]
+        if text in ("@", "*") or node["Index"]["Type"] != "Word":
+            return text if text in ("@", "*") else self.computed(node["Index"], text)
+        if text.isidentifier() and text in self.variables:
+            return self.get(text) or "0"
+        return self.text(node["Index"])
+
+    def _named(self, name: str, node: Node) -> str:
+        """The variable whose name a variable holds, for `${!name}`."""
+        other = self.get(name)
+        if other is None or not other.isidentifier():
+            self.refuse(node["Text"])
+        return other
+
+    def _length(self, name: str, index: str, several: bool, node: Node) -> str:
+        if several:
+            return str(len(self.all(name)))
+        value = self.get(name, index)
+        if value is None:
+            return self.missing(name, node["Text"])
+        return str(len(value)) if is_known(value) else mark(node["Text"], *names_in(value)[:1])
+
+    def _is_used(self, name: str, sign: str) -> bool:
+        """Whether `${a[@]:-...}` stands for the elements themselves, or for nothing, and not for its default."""
+        if sign[-1] in "?=":
+            self.refuse()
+        values = self.all(name)
+        is_set = any(values) if sign[0] == ":" else bool(values)
+        return is_set != (sign[-1] == "+")
+
+    def _default(self, node: Node, how: str, quoted: bool) -> Iterator[Piece]:
+        default = node["Exp"].get("Word")
+        for text, each in self.pieces(default["Parts"] if default else [], quoted):
+            yield text, how if each == "literal" else each
+
+    def _changed(self, name: str, node: Node, sign: str) -> list[str]:
+        """The elements of an array, each of them changed as `${a[@]%.x}` and the like ask for."""
+        values = self.all(name)
+        if node.get("Excl"):
+            return [str(number) for number in range(len(values))]
+        if "Repl" in node or sign in LETTERS:
+            self.refuse(node["Text"])
+        if sign in DEFAULTS:
+            return [] if sign[-1] == "+" else values
+        if "Slice" in node:
+            values = [self.script, *values] if name in ("@", "*") else values
+            start, end = self._slice(node["Slice"], len(values), node)
+            return values[start:end]
+        return [self._operated(value, node, sign) for value in values] if sign else values
+
+    def _value_of(self, name: str, index: str, node: Node) -> str:
+        value, sign = self.get(name, index), node.get("Exp", {}).get("Op", "")
+        changes = sign or {"Repl", "Slice"} & node.keys()
+        if value is None:
+            return self.missing(name, node["Text"])
+        if not changes:
+            return value
+        if not is_known(value):
+            return mark(node["Text"], *names_in(value)[:1])
+        if "Repl" in node:
+            return self._replaced(value, node["Repl"])
+        if "Slice" in node:
+            start, end = self._slice(node["Slice"], len(value), node)
+            return value[start:end]
+        return self._operated(value, node, sign)
+
+    def _operated(self, value: str, node: Node, sign: str) -> str:
+        """A text without what a pattern takes of its start or its end, or in other letters."""
+        word = node["Exp"].get("Word")
+        if sign in LETTERS:
+            return self.refuse(node["Text"]) if word else LETTERS[sign](value)
+        pattern = self.pattern(word) if word else ""
+        if not is_known(pattern):
+            return mark(node["Text"], *names_in(pattern)[:1])
+        cut, longest = CUTS[sign]
+        return cut(value, pattern, longest)
+
+    def _slice(self, node: Node, length: int, whole: Node) -> tuple[int, int]:
+        """Where `${text:start:length}` begins and ends."""
+        texts = [self.computed(node[name], whole["Text"]) if name in node else "" for name in ("Offset", "Length")]
+        if not is_known("".join(texts)):
+            self.refuse(whole["Text"])
+        start = int(texts[0] or 0)
+        start = max(start + length, 0) if start < 0 else start
+        taken = int(texts[1] or length)
+        return start, (length + taken if taken < 0 else start + taken)
 
     def _replaced(self, value: str, replacement: Node) -> str:
-        old, new = self.text(replacement["Orig"]), self.text(replacement.get("With"))
-        is_pattern = old[:1] in ("", "#", "%") or self.pattern(replacement["Orig"]) != escape(old)
-        if is_pattern or not is_known(old + new):
+        old, new = self.pattern(replacement["Orig"]), self.text(replacement.get("With"))
+        if not is_known(old + new):
             self.refuse(replacement["Orig"]["Text"])
-        return value.replace(old, new, -1 if replacement.get("All") else 1)
+        every = bool(replacement.get("All"))
+        return replaced(value, f"[{old[0]}]{old[1:]}" if every and old[:1] in ("#", "%") else old, new, every)
 
     @staticmethod
     def _several(values: list[str], how: str, joined: bool) -> Iterator[Piece]:
@@ -189,93 +258,17 @@ class Words:
                 yield " ", "break"
             yield value, how
 
-    def all(self, name: str) -> list[str]:
-        """The elements of an array, none if it is not set."""
-        if name in ("@", "*"):
-            return self.arguments
-        value = self.variables.get(name, [])
-        return [value] if isinstance(value, str) else value
-
-    def get(self, name: str, index: str = "") -> str | None:
-        """The value of a variable, an argument or an element; None if it is not set."""
-        if name in ("0", "BASH_SOURCE"):
-            return self.file
-        if name.isdigit():
-            return dict(enumerate(self.arguments, 1)).get(int(name))
-        if not name.isidentifier():
-            return mark(f"${name}")
-        if not re.fullmatch(r"\d*", index):
-            self.refuse(f"{name}[{index}]")
-        return dict(enumerate(self.all(name))).get(int(index or 0))
-
     def _defaulted(self, name: str, value: str | None, node: Node, quoted: bool) -> Iterator[Piece]:
-        how, operator, default = "quoted" if quoted else "split", node["Exp"]["Op"], node["Exp"].get("Word")
-        absent = is_empty(value or "") if operator[0] == ":" else value is None
+        how, sign = "quoted" if quoted else "split", node["Exp"]["Op"]
+        absent = is_empty(value or "") if sign[0] == ":" else value is None
         if absent is None and value is not None:
             yield mark(node["Text"], *names_in(value)[:1]), how
-        elif absent == (operator[-1] == "+"):
-            yield ("" if operator[-1] == "+" else value or ""), how
-        elif operator[-1] == "?":
+        elif absent == (sign[-1] == "+"):
+            yield ("" if sign[-1] == "+" else value or ""), how
+        elif sign[-1] == "?":
             yield self.missing(name, node["Text"], required=True), how
+        elif sign[-1] == "=":
+            self.assign(name, self.text(node["Exp"].get("Word")))
+            yield self.get(name) or "", how
         else:
-            for text, each in self.pieces(default["Parts"] if default else [], quoted):
-                yield text, how if each == "literal" else each
-
-    # ---- sums
-
-    def computed(self, node: Node, source: str) -> str:
-        """The value of an arithmetic expression, or a mark where one of its variables is not known."""
-        try:
-            return str(self._value(node))
-        except NotKnown as error:
-            return mark(source, str(error))
-        except ZeroDivisionError:
-            raise ValueError(f"{source} divides by 0") from None
-
-    def _value(self, node: Node) -> int:
-        if node["Type"] == "Word":
-            return self._number(node)
-        if node["Type"] == "ParenArithm":
-            return self._value(node["X"])
-        if node["Type"] != "BinaryArithm" or node["Op"] not in OPERATORS:
-            self.refuse(node["Text"])
-        return int(OPERATORS[node["Op"]](self._value(node["X"]), self._value(node["Y"])))
-
-    def _number(self, word: Node) -> int:
-        """The value of a number or a variable."""
-        name = word["Text"]
-        text = self.get(name) if name.isidentifier() else self.text(word)
-        if text is None:
-            raise NotKnown(name)
-        if not is_known(text):
-            raise NotKnown(names_in(text)[0])
-        if not re.fullmatch(r"[-+]?(0|[1-9]\d*)", text.strip()):
-            self.refuse(text)
-        return int(text)
-
-
-class NotKnown(Exception):
-    """A sum has a variable that is not known; its text is the variable."""
-
-
-def _quotient(left: int, right: int) -> int:
-    return abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
-
-
-DEFAULTS = (":-", "-", ":?", "?", ":+", "+")
-LETTERS = {"^^": str.upper, ",,": str.lower}
-OPERATORS = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": _quotient,
-    "%": lambda left, right: left - _quotient(left, right) * right,
-    "&&": lambda left, right: bool(left and right),
-    "||": lambda left, right: bool(left or right),
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
+            yield from self._default(node, how, quoted)

@@ -9,25 +9,29 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from yaml import YAMLError
 
+from grpo.cli.migration.hydra import OF_HYDRA, overrides, resolved, value_of
 from grpo.cli.migration.migration import Migration, Unsupported, carried, changes_training, relative
-from grpo.cli.migration.shell import Shell, how_to_give
-from grpo.cli.migration.shell_words import is_known, names_in, shown
+from grpo.cli.migration.shell import Shell
+from grpo.cli.migration.shell_state import IS_SECRET, how_to_give, names_in, shown
 from grpo.config.loss import UNREAD
-from rewards.config.names import take_option, trainers
+from rewards.config.names import leaves, take_option, trainers
 from rewards.config.yaml_file import parse_yaml, to_yaml
 from rewards.data.source import file_rows
 
 PROGRAM = "verl.trainer.main_ppo"
+PROGRAMS = (PROGRAM, "recipe.dapo.main_dapo", "dapo.main_dapo")  # DAPO's has the same options
 OPTIONS = "reward.custom_reward_function.reward_kwargs."
+DELETED = "it is deleted there, and the default of verl is taken here"
+BASES: dict[str, dict[str, Any]] = {"ppo_trainer": {}, "ppo_megatron_trainer": {"model_engine": "megatron"}}
+SCHEDULES = {"dp": "constant", "megatron": "constant", "veomni": "cosine", "torchtitan": "linear"}  # by the engine
 UNKNOWN = "its value is not in the text and depends on {causes}; {way}. The default of verl is taken"
-OF_HYDRA = {"-cn": "--config-name", "-cp": "--config-path", "-cd": "--config-dir"}  # another file of defaults
-OF_HYDRA |= {name: name for name in OF_HYDRA.values()}
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 LOSS_MODE = f"{ACTOR}.policy_loss.loss_mode"
 LEAST = {
@@ -39,6 +43,15 @@ LEAST = {
     "trainer.total_training_steps": 1,
     f"{MODEL}.lora_rank": 0,
 }
+MAY_BE_NULL = {f"{ACTOR}.optim.lr_warmup_steps", "reward.custom_reward_function.name"}
+READ_IF = {  # options of a section that verl reads only if another option has this value
+    "critic.": ("algorithm.adv_estimator", "gae"),
+    "algorithm.kl_ctrl.": ("algorithm.use_kl_in_reward", True),
+    "reward_model.": ("reward_model.enable", True),
+    "reward.reward_model.": ("reward.reward_model.enable", True),
+    "distillation.": ("distillation.enabled", True),
+}
+ALWAYS_READ = ("enable", "enabled", "reward_manager", "num_workers", "launch_reward_fn_async", "use_reward_loop")
 TEXTS = ("data.train_files", "data.val_files", "trainer.logger", f"{MODEL}.target_modules")  # a text, or several
 
 
@@ -55,12 +68,15 @@ def read_verl_command(command: str | Path) -> Migration:
         given = read_overrides(file.read_text(encoding="utf-8"), file)
     else:
         given = read_overrides(text)
-    migration = _Reading({_renamed(name): value for name, value in given.values.items()}).migration
+    options, notes = _with_file(_by_name(given.values))
+    migration = _Reading(options).migration
     for name, (value, causes) in given.unknown.items():
         reason = UNKNOWN.format(causes=", ".join(causes), way=how_to_give(causes[0]))
         option = _renamed(name)
         migration.unsupported.append(Unsupported(option, value, reason, changes_training(option)))
-    migration.notes.extend(given.notes)
+    for name in given.deleted:
+        migration.unsupported.append(Unsupported(f"~{name}", None, DELETED, changes_training(_renamed(name))))
+    migration.notes.extend([*given.notes, *notes])
     return migration
 
 
@@ -75,6 +91,44 @@ def _renamed(name: str) -> str:
     return trainers()["verl"].get(name, {}).get("now", name)
 
 
+def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by today's name. A section that is given as a whole becomes its options, and a key of a mapping becomes a
+    part of the mapping."""
+    rows = trainers()["verl"]
+    mappings = [name for name, row in rows.items() if isinstance(row.get("default"), dict)]
+    options: dict[str, Any] = {}
+    for given, value in values.items():
+        is_section = isinstance(value, dict) and any(name.startswith(f"{given}.") for name in rows)
+        for each, part in leaves({given: value}) if is_section else [(given, value)]:
+            name = _renamed(each)
+            mapping = next((option for option in mappings if name.startswith(f"{option}.")), None)
+            if mapping:
+                options[mapping] = options.get(mapping, {}) | {name.removeprefix(f"{mapping}."): part}
+            elif part is not None or name == each:  # else an old name that is not used
+                options[name] = part
+    return options
+
+
+def _with_file(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The options, after those of the file of defaults that the command names, and a note if it was read."""
+    base = str(options.get("--config-name")).removesuffix(".yaml")
+    others = {name: value for name, value in options.items() if name not in OF_HYDRA.values()}
+    if base in BASES:
+        return BASES[base] | others, []
+    folder = options.get("--config-path") or options.get("--config-dir")
+    file = Path(str(folder)) / f"{base}.yaml"
+    if not folder or not file.is_file():
+        return options, []
+    try:
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+        bases = [name for name in content.pop("defaults") if name != "_self_"]
+        [base] = [str(name) for name in bases if name in BASES or len(bases) > 1]
+    except (YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        return options, []
+    content.pop("hydra", None)
+    return BASES[base] | _by_name(dict(leaves(content))) | others, [f"{relative(file)} is read, too, as {base} is."]
+
+
 @dataclass
 class Overrides:
     """The options that a command sets."""
@@ -83,6 +137,8 @@ class Overrides:
     unknown: dict[str, tuple[str, list[str]]]
     """Those whose value the text does not decide, with the text and the variables that would decide it."""
     notes: list[str]
+    deleted: list[str] = field(default_factory=list)
+    """Those that `~` deletes."""
 
 
 def read_overrides(text: str, file: Path | None = None) -> Overrides:
@@ -91,39 +147,39 @@ def read_overrides(text: str, file: Path | None = None) -> Overrides:
     >>> read_overrides("LR=1e-5\\npython3 -m verl.trainer.main_ppo a.lr=$LR +a.names='[x, y]'").values
     {'a.lr': 1e-05, 'a.names': ['x', 'y']}
     """
-    shell = Shell(PROGRAM, os.environ, file)
+    shell = Shell(PROGRAMS, os.environ, file)
     words = shell.command(text)
     if words is None:
         ends = "".join(f"; {end}" for end in shell.ends[-1:])
         raise ValueError(f"there is no command of {PROGRAM} in it{ends}; {shell.way_out()}")
     result = Overrides({}, {}, list(shell.notes))
-    for name, value in _assignments(words).items():
-        if is_known(value):
-            result.values[name] = _value(value)
+    for each in overrides(words):
+        name = shown(each.name)
+        shell.refuse_choice(name, each.name + each.text)
+        result.unknown.pop(name, None)
+        result.values.pop(name, None)
+        if not each.is_known:
+            unknown = each.name + each.text
+            result.unknown[name] = shown(each.text or each.name), list(dict.fromkeys(names_in(unknown)))
+        elif each.deletes:
+            result.deleted.append(name)
         else:
-            result.unknown[name] = shown(value), list(dict.fromkeys(names_in(value)))
+            result.values[name] = value_of(each.text)
+    _resolve(result)
     return result
 
 
-def _assignments(words: list[str]) -> dict[str, str]:
-    """The overrides among the words of a command by name, as they are written."""
-    joined: list[str] = []
-    for word in words:
-        if joined and joined[-1] in OF_HYDRA:
-            joined[-1] = f"{OF_HYDRA[joined[-1]]}={word}"
-        else:
-            joined.append(word)
-    pairs = [word.lstrip("+~").partition("=") for word in joined if "=" in word]
-    pairs = [(OF_HYDRA.get(name, name), equals, value) for name, equals, value in pairs]
-    known = OF_HYDRA.values()
-    return {name: value for name, _, value in pairs if not name.startswith("-") or name in known}
-
-
-def _value(text: str) -> object:
-    try:
-        return parse_yaml(text)
-    except YAMLError:  # hydra knows escapes that YAML does not
-        return text
+def _resolve(result: Overrides) -> None:
+    """Gives `${key}` of Hydra, which may stand in quotes of the shell, the value of the option that it names."""
+    defaults = {name: row["default"] for name, row in trainers()["verl"].items() if "default" in row}
+    environment = {f"oc.env:{name}": value for name, value in os.environ.items() if not IS_SECRET.search(name)}
+    known: dict[str, Any] = environment | defaults | result.values
+    for name, value in list(result.values.items()):
+        try:
+            result.values[name] = resolved(value, known.__getitem__)
+        except KeyError as error:
+            del result.values[name]
+            result.unknown[name] = str(value), [str(error.args[0]).removeprefix("oc.env:")]
 
 
 def _check(values: dict[str, Any]) -> None:
@@ -144,7 +200,7 @@ def _needed(name: str, default: object, value: object) -> str:
         several = value if isinstance(value, list) else [value]
         fits = all(isinstance(each, str) for each in several) and (several or name == "trainer.logger")
         return "" if fits else "a text, or a list of texts"
-    if value is None and default is None:
+    if value is None and (default is None or name in MAY_BE_NULL):
         return ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if isinstance(default, bool):
@@ -163,10 +219,13 @@ class _Reading:
 
     def __init__(self, options: dict[str, Any]):
         defaults = {name: row["default"] for name, row in trainers()["verl"].items() if "default" in row}
-        if str(options.get("--config-name")).removesuffix(".yaml") == "ppo_trainer":  # the one that is read here
-            options = {name: value for name, value in options.items() if name not in OF_HYDRA.values()}
+        engine = options.get("model_engine", "dp")
+        defaults[f"{ACTOR}.optim.lr_scheduler_type"] = SCHEDULES.get(engine, "constant")
         self.overrides = options
         self.values: dict[str, Any] = defaults | options
+        for name in ("trainer.save_freq", "trainer.test_freq"):
+            if self.values[name] is False:
+                self.values[name] = -1
         _check(self.values)
         self.files, self.tests = (self._files(f"data.{name}_files") for name in ("train", "val"))
         self.rows = list(file_rows(self.files[0])) if self.files[0].is_file() else []
@@ -177,7 +236,22 @@ class _Reading:
             part()
         known = {*carried("verl"), f"{ACTOR}.clip_ratio"}
         known |= {name for name in options if name.startswith(OPTIONS)}
+        known |= {"model_engine"} if engine in SCHEDULES else set()
+        known |= self._overlong | self._note_unread()
         self.migration.lacks_counterparts(options, defaults, known)
+
+    def _note_unread(self) -> set[str]:
+        """Notes the options that verl does not read either, so that they change nothing, and returns their names."""
+        unread = set()
+        for start, (switch, value) in READ_IF.items():
+            if self.values.get(switch, False) == value:
+                continue
+            for name in self.overrides:
+                if name.startswith(start) and not name.removeprefix(start).startswith((*ALWAYS_READ, "reward_kwargs.")):
+                    reason = f"verl does not read it without {switch}={value}"
+                    self.migration.unsupported.append(Unsupported(name, self.overrides[name], reason, False))
+                    unread.add(name)
+        return unread
 
     def _steps(self) -> None:
         """Counts prompts and steps. An update there learns from ppo_mini_batch_size prompts, of which a step samples
@@ -196,7 +270,7 @@ class _Reading:
         rows = min(len(self.rows), most) if most > 0 else len(self.rows)
         steps = (steps or epochs * max(rows // sampled, 1)) * self.parts
         self.put("steps", steps)
-        warmup, share = values[f"{ACTOR}.optim.lr_warmup_steps"], values[f"{ACTOR}.optim.lr_warmup_steps_ratio"]
+        warmup, share = values[f"{ACTOR}.optim.lr_warmup_steps"] or -1, values[f"{ACTOR}.optim.lr_warmup_steps_ratio"]
         self.put("learner.warmup_steps", warmup * self.parts if warmup > 0 else math.ceil(share * steps))
         every = values["trainer.save_freq"]
         self.put("checkpoint.every", every * self.parts if every > 0 else steps)
@@ -295,3 +369,26 @@ class _Reading:
         self.migration.rewards.append(function | ({"arguments": arguments} if arguments else {}))
         if not path and ours != "gsm8k":
             self.lacks("data.reward_fn_key", sources, ours=ours)
+        self._overlong = self._set_overlong()
+
+    def _set_overlong(self) -> set[str]:
+        """Sets the punishment of overlong completions of verl's reward manager `dapo`, and returns its options."""
+        for section in ("reward", "reward_model"):
+            names = {name for name in self.overrides if name.startswith(f"{section}.reward_kwargs.")}
+            kwargs = {name.removeprefix(f"{section}.reward_kwargs."): self.overrides[name] for name in names}
+            manager = self.values.get(f"{section}.reward_manager.name") or self.values.get(f"{section}.reward_manager")
+            span = kwargs.get("overlong_buffer_cfg.len")
+            if manager != "dapo" or not kwargs.get("overlong_buffer_cfg.enable") or not isinstance(span, int):
+                continue
+            most = kwargs.get("max_resp_len") or self.values["data.max_response_length"]
+            self.migration.rewards.append(
+                {
+                    "function": "soft_overlong_punishment",
+                    "weight": float(kwargs.get("overlong_buffer_cfg.penalty_factor", 1.0)),
+                    "arguments": {"max_length": most, "cache_length": span},
+                }
+            )
+            known = ("overlong_buffer_cfg.", "max_resp_len")
+            names = {name for name in names if name.removeprefix(f"{section}.reward_kwargs.").startswith(known)}
+            return names | {f"{section}.reward_manager.name", f"{section}.reward_manager"}
+        return set()

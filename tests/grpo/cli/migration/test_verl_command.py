@@ -265,6 +265,119 @@ def test_steps_are_counted_over_the_rows_that_are_taken(files):
     assert read_verl_command(f"{command} data.train_max_samples=99").options["steps"] == 15
 
 
+OPTIM = "actor_rollout_ref.actor.optim"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "ours"),
+    [
+        ("model_engine=veomni", "learner.schedule", "cosine"),  # its own default
+        ("model_engine=torchtitan", "learner.schedule", "linear"),
+        (f"model_engine=megatron {OPTIM}.lr_decay_style=cosine", "learner.schedule", "cosine"),
+        (f"model_engine=veomni {OPTIM}.lr_scheduler_type=constant", "learner.schedule", "constant"),
+        (f"--config-name=ppo_megatron_trainer.yaml {OPTIM}.warmup_style=null", "learner.schedule", "constant"),
+        (f"{OPTIM}.lr_warmup_steps=null {OPTIM}.lr_warmup_steps_ratio=0.5", "learner.warmup_steps", 5),
+        (f"'{OPTIM}={{lr:3e-6,weight_decay:0}}'", "learner.learning_rate", 3e-6),
+        ("'+data.apply_chat_template_kwargs={a:1}' +data.apply_chat_template_kwargs.b=False", "data.kwargs", {}),
+        ("data.max_response_length='${data.max_prompt_length}' data.max_prompt_length=7", "rollout.tokens", 7),
+        ("++actor_rollout_ref.rollout.temperature=0.7", "rollout.temperature", 0.7),
+        ("trainer.test_freq=False trainer.save_freq=false", "checkpoint.every", 10),
+    ],
+)
+def test_a_value_is_carried_over_in_each_form_that_hydra_has(files, words, key, ours):
+    command = f"{PPO} data.train_files={files}/train.parquet data.train_batch_size=4 actor_rollout_ref.rollout.n=2"
+    migration = read_verl_command(f"{command} trainer.total_training_steps=10 {words}")
+    config = TrainConfig(**migration.tree)
+    assert {each.option for each in migration.unsupported} <= {"data.max_prompt_length"}
+    if key == "data.kwargs":
+        assert config.data[0].chat_template_kwargs == {"a": 1, "b": False}
+        return
+    options = config.model_dump()
+    for name in key.replace("tokens", "max_completion_tokens").split("."):
+        options = options[name]
+    assert options == ours
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "reason", "changes"),
+    [
+        (f"{ACTOR}.kl_loss_coef=1 ~{ACTOR}.kl_loss_coef", f"~{ACTOR}.kl_loss_coef", "deleted there", True),
+        ("~trainer.nnodes", "~trainer.nnodes", "deleted there", False),
+        ("$(cat words.txt)", "$(cat words.txt)", "cat words.txt", True),
+        ("data.seed='${oc.env:SEED_OF_NOBODY}'", "data.seed", "SEED_OF_NOBODY=VALUE", True),
+        ("trainer.nnodes='${nobody.knows}'", "trainer.nnodes", "nobody.knows", False),
+        ("critic.optim.lr=1", "critic.optim.lr", "without algorithm.adv_estimator=gae", False),
+        ("algorithm.kl_ctrl.kl_coef=1", "algorithm.kl_ctrl.kl_coef", "without algorithm.use_kl_in_reward=True", False),
+        ("reward_model.model.path=x", "reward_model.model.path", "without reward_model.enable=True", False),
+        ("trainer.val_before_train=False", "trainer.val_before_train", "before its first step", False),
+        ("actor_rollout_ref.rollout.val_kwargs.top_p=0.9", "actor_rollout_ref.rollout.val_kwargs.top_p", "both", False),
+        ("model_engine=mine", "model_engine", "", False),
+        ("--config-path=/nowhere --config-name=x", "--config-name", "ppo_trainer.yaml", True),
+    ],
+)
+def test_what_verl_would_not_read_or_nobody_knows_is_said_with_the_reason(files, words, option, reason, changes):
+    command = f"{PPO} data.train_files={files}/train.parquet data.train_batch_size=4 algorithm.adv_estimator=grpo"
+    migration = read_verl_command(f"{command} actor_rollout_ref.rollout.n=2 {words}")
+    lost = {each.option: each for each in migration.unsupported}
+    assert lost.keys() - {"--config-path"} == {option}
+    assert reason in lost[option].reason
+    assert lost[option].changes_training is changes
+    TrainConfig(**migration.tree)
+
+
+def test_a_file_of_defaults_that_is_here_is_read_below_the_command(files):
+    (files / "own.yaml").write_text(
+        "hydra: {searchpath: [file://verl/trainer/config]}\n"
+        "defaults: [ppo_trainer, _self_]\n"
+        "data: {max_response_length: 77, train_batch_size: 16}\n"
+        "actor_rollout_ref: {rollout: {n: 3}}\n"
+    )
+    command = f"{PPO} --config-path={files} --config-name=own data.train_files={files}/train.parquet"
+    migration = read_verl_command(f"{command} data.train_batch_size=8 algorithm.adv_estimator=grpo")
+    options = migration.options
+    assert (options["prompts_per_step"], options["rollout"]["group_size"]) == (8, 3)
+    assert options["rollout"]["max_completion_tokens"] == 77
+    assert migration.unsupported == []
+    assert any("own.yaml" in note for note in migration.notes)
+    (files / "own.yaml").write_text("defaults: [ppo_trainer, other]\ndata: {max_response_length: 77}\n")
+    assert "--config-name" in {each.option for each in read_verl_command(command).unsupported}
+
+
+def test_the_punishment_of_overlong_completions_is_a_reward(files):
+    section = "reward_model.reward_kwargs.overlong_buffer_cfg"
+    words = f"reward_model.reward_manager=dapo +{section}.enable=True +{section}.len=16 +{section}.penalty_factor=0.5"
+    words += f" +{section}.log=False +reward_model.reward_kwargs.max_resp_len=64 algorithm.filter_groups.enable=True"
+    words += f" actor_rollout_ref.rollout.n=2 data.train_batch_size=4 data.train_files={files}/train.parquet"
+    migration = read_verl_command(f"python3 -m recipe.dapo.main_dapo algorithm.adv_estimator=grpo {words}")
+    assert migration.unsupported == []
+    config = TrainConfig(**migration.tree)
+    assert config.rollout.max_resamples == 10
+    assert [reward.function for reward in config.rewards] == ["gsm8k", "soft_overlong_punishment"]
+    assert config.rewards[1].weight == 0.5
+    assert config.rewards[1].arguments == {"max_length": 64, "cache_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("python3 -m verl.trainer.main_ppo_sync a=1", "starts verl.trainer.main_ppo_sync, which is another program"),
+        ("python3 main_ppo_split.py a=1", "starts main_ppo_split.py"),
+        ("torchrun -m verl.trainer.sft_trainer a=1", "starts verl.trainer.sft_trainer"),
+        (f"{PPO} data.seed=1,2", "several values"),
+    ],
+)
+def test_another_program_is_named(text, words):
+    with pytest.raises(ValueError, match=words):
+        read_overrides(text)
+
+
+def test_a_second_command_is_named():
+    found = read_overrides(f"{PPO} a=1\n# stage 2\n{PPO} a=2\nunread {{ }}\n")
+    assert found.values == {"a": 1}
+    assert any("Line 3 starts it again" in note for note in found.notes)
+    assert read_overrides(f"while true; do {PPO} a=1; done").notes == []
+
+
 def test_a_secret_of_the_environment_is_not_written(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "hidden")
     monkeypatch.setenv("MODEL_PATH", "models/small")
