@@ -289,7 +289,16 @@ EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are lef
 # What is no cause, by loss.advantage: these estimators learn from a group whose marks are equal, and a teacher's
 # log-probabilities are learned from whatever the marks are.
 _OF_GROUPS = {"temperature", "group_size", "tied"}
-_OF_MARKS = {"unmarked", "sign_flipped", "reward_constant", "template", "answer_column", "hacked", "other_part", "noise"}
+_OF_MARKS = {
+    "unmarked",
+    "sign_flipped",
+    "reward_constant",
+    "template",
+    "answer_column",
+    "hacked",
+    "other_part",
+    "noise",
+}
 NO_CAUSE: dict[str, set[str]] = {
     **dict.fromkeys(("reinforce_plus_plus", "gae", "rank_softmax"), _OF_GROUPS),
     "distill": _OF_GROUPS | _OF_MARKS | {"all_solved", "none_solved", "tiny_differences"},
