@@ -197,6 +197,14 @@ def test_contract_5_a_skeleton_and_published_weights_make_the_same_policy(random
     assert Policy.from_skeleton(random_policy(1, mtp=False).skeleton()).mtp is None
 
 
+def test_a_skeleton_has_every_chat_template_of_the_tokenizer(random_policy):
+    """Hermes 3 and Command R have one for tools, which transformers saves in a folder of its own."""
+    policy = random_policy(1, mtp=False)
+    templates = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ tools }}"}
+    policy.tokenizer.chat_template = templates
+    assert Policy.from_skeleton(policy.skeleton()).tokenizer.chat_template == templates
+
+
 def test_published_names_and_shapes_must_be_those_of_the_policy(random_policy):
     policy = random_policy(1)
     before = tensors(policy)
