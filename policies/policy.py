@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -298,6 +299,7 @@ class Policy(nn.Module):
                 Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_bytes(content)
             tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer.chat_template_kwargs = json.loads(files["chat_template_kwargs"])
             config = AutoConfig.from_pretrained(folder)
             with torch.random.fork_rng(devices=[]):
                 trunk = auto_class(config).from_config(config, dtype=dtype)
