@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of peft: transformers loads an adapter that it finds beside weights
 WAY_OUT = "the files are incomplete or config.json is of another model: fetch both again"
 # Released configurations have these values, and transformers' DeepseekV3 computes them whatever a configuration has.
 # Every policy that we save has them too: without topk_method vLLM refuses the router's bias, and without scoring_func
@@ -73,7 +74,8 @@ class WeightFiles:
     """The safetensors of a checkpoint, by folder or hub id (the files of a hub id are fetched into its cache).
 
     `shapes` is read from the headers of the files. Raises PolicyError if a file that the index names is missing, if a
-    file is damaged or cut short, or if it does not hold the tensors that the index places in it.
+    file is damaged or cut short, or if it does not hold the tensors that the index places in it. So it does for weights
+    with an adapter of peft beside them.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -86,6 +88,12 @@ class WeightFiles:
         if not single and (path := find_file(self.source, INDEX)):
             index = read_index(self.source, path)
             files = {name: self._shard(name, index) for name in sorted(set(index.values()))}
+        if files and find_file(self.source, ADAPTER):
+            raise PolicyError(
+                f"model={self.source!r} holds an adapter of peft ({ADAPTER}) beside its weights, and transformers "
+                "would load both as one: merge it (merge_and_unload of peft) into a folder of its own, or move the two "
+                "files of the adapter away"
+            )
         for path in files.values():
             self._read_header(path)
         for name, file in index.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -287,16 +288,22 @@ class Policy(nn.Module):
             if self.trunk.generation_config is not None:
                 self.trunk.generation_config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        return files | {"mtp": b"" if self.mtp is None else b"1", "paths": self.paths.to_bytes()}
+            paths = [path for path in Path(folder).rglob("*") if path.is_file()]  # chat templates may have a folder
+            files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        # An attribute that no tokenizer saves: what a run hands to the chat template, of an episode's prompts too.
+        options = json.dumps(getattr(self.tokenizer, "chat_template_kwargs", {})).encode()
+        more = {"mtp": b"" if self.mtp is None else b"1", "paths": self.paths.to_bytes()}
+        return files | more | {"chat_template_kwargs": options}
 
     @classmethod
     def from_skeleton(cls, files: Mapping[str, bytes], dtype: torch.dtype = torch.float32) -> Policy:
         """A policy of the same shape, whose weights are yet to be published."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
+                Path(folder, name).parent.mkdir(exist_ok=True)
                 Path(folder, name).write_bytes(content)
             tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer.chat_template_kwargs = json.loads(files["chat_template_kwargs"])
             config = AutoConfig.from_pretrained(folder)
             with torch.random.fork_rng(devices=[]):
                 trunk = auto_class(config).from_config(config, dtype=dtype)

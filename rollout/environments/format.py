@@ -24,7 +24,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from rewards.isolation.chat_template import render
-from rollout.environments.response import response_template
+from rollout.environments.response import response_template, with_tools_template
 
 Answers = Callable[[str, Mapping[str, Any]], str]
 LONGEST_CALL = 20_000  # characters; a longer call is refused before it is parsed
@@ -95,13 +95,17 @@ class TurnFormat:
             raise ValueError(f"two tools have one name: {', '.join(names)}; rename one")
         self._parameters = {name: _parameters_of(schema) for name, schema in zip(names, self.schemas, strict=True)}
         self._arguments = {tool.__name__: _arguments_of(tool) for tool in tools if not isinstance(tool, dict)}
-        self._tokenizer = tokenizer
-        template = None if plain else response_template(tokenizer)
+        # One of several chat templates is for tools, and may not be able to do without.
+        needs_tools = isinstance(tokenizer.chat_template, dict)
+        self._tokenizer = tokenizer if plain else with_tools_template(tokenizer)
+        template = None if plain else response_template(self._tokenizer, needs_tools)
         if template is None and plain is False:
             raise ValueError(
                 f"the chat template of {tokenizer.name_or_path!r} has no form for calls of tools; use the plain form"
             )
         self.is_plain = template is None
+        self._tokenizer = tokenizer if self.is_plain else self._tokenizer
+        self._shown = {"tools": self.schemas} if needs_tools and not self.is_plain else {}
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         # Without those that a tokenizer_config.json sets to "": such a text is found between any two characters.
         self._special = [token for token in (*added.values(), *tokenizer.all_special_tokens) if token]
@@ -399,7 +403,7 @@ class TurnFormat:
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         try:
-            return render(self._tokenizer, messages, **options)
+            return render(self._tokenizer, messages, **{**self._shown, **options})
         except Exception as error:  # a template is a program
             raise ValueError(
                 f"the chat template of {self._tokenizer.name_or_path!r} fails on the roles "

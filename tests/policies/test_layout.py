@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import MtpModel
 
+from policies.checkpoint import check_files
 from policies.contradictions import check_tensors, contradictions
 from policies.layout import WeightFiles
 from policies.policy import Policy, PolicyError, read_config
@@ -172,6 +174,21 @@ def test_a_dense_policy_refuses_a_head_whose_experts_do_something(random_policy,
     change_tensors(tmp_path / "policy", lambda state: state[name][0, 0].fill_(1.0))
     with pytest.raises(PolicyError, match=f"{name} is not zero"):
         Policy.load(tmp_path / "policy")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_an_adapter_beside_weights_is_refused(random_policy, tmp_path, native):
+    """transformers would load both as one: other weights than the file's, and none of them would learn."""
+    folder, policy = tmp_path / "policy", random_policy(1)
+    if not native:
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        policy = Policy(LlamaForCausalLM(LlamaConfig(vocab_size=400, **sizes)), None, policy.tokenizer)
+    policy.save(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    for refuses in (Policy.load, check_files):
+        with pytest.raises(PolicyError, match=r"an adapter of peft \(adapter_config.json\) beside its weights"):
+            refuses(folder)
 
 
 def test_a_missing_shard_is_named_with_what_it_held(saved):

@@ -197,6 +197,23 @@ def test_contract_5_a_skeleton_and_published_weights_make_the_same_policy(random
     assert Policy.from_skeleton(random_policy(1, mtp=False).skeleton()).mtp is None
 
 
+def test_a_skeleton_has_every_chat_template_of_the_tokenizer(random_policy):
+    """Hermes 3 and Command R have one for tools, which transformers saves in a folder of its own."""
+    policy = random_policy(1, mtp=False)
+    templates = {"default": "{{ messages[0]['content'] }}", "tool_use": "{{ tools }}"}
+    policy.tokenizer.chat_template = templates
+    assert Policy.from_skeleton(policy.skeleton()).tokenizer.chat_template == templates
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": False, "date_string": "26 Jul 2024"}])
+def test_a_skeleton_has_what_the_run_hands_to_the_chat_template(random_policy, options):
+    """Else a worker, or a sampler in another precision, would begin episodes with another prompt."""
+    policy = random_policy(1, mtp=False)
+    if options:
+        policy.tokenizer.chat_template_kwargs = options
+    assert Policy.from_skeleton(policy.skeleton()).tokenizer.chat_template_kwargs == options
+
+
 def test_published_names_and_shapes_must_be_those_of_the_policy(random_policy):
     policy = random_policy(1)
     before = tensors(policy)

@@ -160,6 +160,24 @@ def test_contract_14_a_reply_is_what_the_chat_template_writes_next(template):
     assert conversation(form, sampled, ("add", "7"), ("add", "eight")) == whole
 
 
+def test_of_several_chat_templates_the_one_for_tools_is_read_and_written():
+    """Hermes 3 and Command R have one by name, which may iterate over the tools whether there are any or none."""
+    expected, tokenizer = TurnFormat(chat_tokenizer(), [calculate, add]), chat_tokenizer()
+    of_tools = "{% for tool in tools %}{% endfor %}" + tokenizer.chat_template
+    default = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = {"default": default, "tool_use": of_tools}
+    form = TurnFormat(tokenizer, [calculate, add])
+    assert not form.is_plain
+    turn = Turn("Let me see.", (Call("add", {"a": 3, "b": 4}),))
+    assert form.read(form.write(turn)) == turn
+    assert form.tools_prompt(ASKED) == expected.tools_prompt(ASKED)
+    assert form.reply([("add", "7")]) == expected.reply([("add", "7")])
+    plain = TurnFormat(tokenizer, [add], plain=True)
+    assert tokenizer.decode(plain.tools_prompt(ASKED)).endswith("How many?<|im_end|>")
+    tokenizer.chat_template = {"default": default}
+    assert TurnFormat(tokenizer, [add]).is_plain
+
+
 def test_contract_14_nothing_is_tokenised_again():
     """A policy may sample a text in other tokens than the tokenizer's. Re-tokenising would train on others; we keep."""
     tokenizer = chat_tokenizer()
