@@ -482,6 +482,14 @@ class Service:
             model.damage = model.damage or f"model {model.id} ends: {error}"
         if model.damage:  # what came after a request that is lost would be computed without it
             raise Refused(model.damage)
+        try:
+            return self._answer(model, job, body)
+        except Exception as error:
+            if job.again and not _is_error(*job.read()):
+                model.damage = f"model {model.id} ends: request {job.number} cannot be done again: {error}"
+            raise
+
+    def _answer(self, model: Model, job: Job, body: bytes) -> tuple[str, bytes]:
         if job.number > 0 and model.learner is None:
             self._restore(model)
         if job.kind == "forward_backward":
@@ -645,6 +653,10 @@ def _fault(what: str, error: Exception) -> tuple[str, bytes]:
     traceback.print_exception(error, file=sys.stderr)
     said = f"{what}: {type(error).__name__}: {error}; the server's standard error has more"
     return "json", json.dumps({"error": said, "category": "server"}).encode()
+
+
+def _is_error(form: str, content: bytes) -> bool:
+    return form == "json" and "error" in json.loads(content)
 
 
 def _found(things: Mapping[str, Thing], id_: str) -> Thing:
