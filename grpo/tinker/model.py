@@ -24,7 +24,7 @@ from policies.policy import Policy
 
 ALPHA = 32.0  # of every adapter, whose product is scaled by ALPHA / rank, as Tinker's are
 OPTIONS = LearnerOptions(learning_rate=1.0)  # requests bring their rates
-LEAST_EPS = 1e-30  # a smaller one may be 0 in float32
+LEAST_EPS = 1e-30  # one that is 0 in float32 makes NaN of weights without gradient
 _DRAWS = threading.Lock()  # the first values of adapters are drawn from the generator of the process
 
 
@@ -116,11 +116,9 @@ def _without_gradient(learner: Learner, batch: TrainingBatch, term: DataTerm) ->
 def optim_step(learner: Learner, params: Mapping[str, float]) -> dict[str, float]:
     """One step of AdamW with the numbers of Tinker's AdamParams; the gradients are used up. Nothing moves where none
     waits. Raises Refused."""
-    for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
-        if not (math.isfinite(params[name]) and params[name] >= 0):
-            raise Refused(f"adam_params.{name}={params[name]}: use a finite number, 0 or more")
-    if params["eps"] < LEAST_EPS:
-        raise Refused(f"adam_params.eps={params['eps']}: use {LEAST_EPS} or more; weights without gradient become NaN")
+    for name, least in {"learning_rate": 0, "eps": LEAST_EPS, "weight_decay": 0, "grad_clip_norm": 0}.items():
+        if not (math.isfinite(params[name]) and params[name] >= least):
+            raise Refused(f"adam_params.{name}={params[name]}: use a finite number, {least} or more")
     for name in ("beta1", "beta2"):
         if not 0 <= params[name] < 1:
             raise Refused(f"adam_params.{name}={params[name]}: use a number from 0, and below 1")

@@ -82,9 +82,10 @@ class Job:
     def request_id(self) -> str:
         return f"{self.owner.id}:{self.number}"
 
-    def body(self) -> bytes:
-        """What is asked, while it waits. Raises Refused where its file is damaged."""
-        return _content(self.owner.files.requests / f"{self.number:08d}.{self.kind}")
+    @property
+    def path(self) -> Path:
+        """What is asked, while it waits."""
+        return self.owner.files.requests / f"{self.number:08d}.{self.kind}"
 
     def read(self) -> tuple[str, bytes]:
         """The result, once it is there: a protobuf message, or JSON. Raises Unknown where it is no longer kept."""
@@ -104,12 +105,6 @@ class Requests:
         for part in (self.requests, self.results):
             part.mkdir(parents=True, exist_ok=True)
             tidy(part)
-
-    def keep_request(self, number: int, kind: str, body: bytes) -> None:
-        _keep(self.requests / f"{number:08d}.{kind}", body)
-
-    def keep_result(self, number: int, form: str, content: bytes) -> None:
-        _keep(self.results / f"{number:08d}.{form}", content)
 
     def stored(self) -> list[tuple[int, str, int]]:
         """Returns the numbers, kinds and sizes of what was asked, in order."""
@@ -312,8 +307,7 @@ class Service:
                 self._admit(model_id, len(body))
             if model is None:
                 model = self.models[model_id] = Model(self.folder / "models" / model_id.replace(":", "."), model_id)
-            model.files.keep_request(number, kind, body)
-            return self._enter(Job(model, number, kind, len(body)))
+            return self._enter(Job(model, number, kind, len(body)), body)
 
     def ask_sampler(self, id_: str, number: int | None, body: bytes) -> Job:
         sampling = self.sampling_session(id_)
@@ -322,8 +316,7 @@ class Service:
             if (known := self.jobs.get(f"{id_}:{number}")) is not None:
                 return known
             self._admit(id_, len(body))
-            sampling.files.keep_request(number, "sample", body)
-            return self._enter(Job(sampling, number, "sample", len(body)))
+            return self._enter(Job(sampling, number, "sample", len(body)), body)
 
     def job(self, request_id: str) -> Job:
         return _found(self.jobs, request_id)
@@ -346,8 +339,11 @@ class Service:
                     message += f"; request {model.next} of the model has not come"
                 raise ApiError(message, 429, headers={"Retry-After": "1"})
 
-    def _enter(self, job: Job) -> Job:
+    def _enter(self, job: Job, body: bytes | None = None) -> Job:
+        """Let a request wait for its turn. Its `body` is written before, unless a service before has done that."""
         with self._mutex:  # also while a service is made: a condition without its lock cannot notify
+            if body is not None:
+                _keep(job.path, body)
             self.jobs[job.request_id] = self._waiting[job.request_id] = job
             if isinstance(job.owner, SamplingSession):
                 self._samples.append(job)
@@ -440,7 +436,7 @@ class Service:
             form, content = _fault("the server has a fault", error)
         if not job.again:
             try:
-                job.owner.files.keep_result(job.number, form, content)
+                _keep(job.owner.files.results / f"{job.number:08d}.{form}", content)
             except Exception as error:  # such as a full disk
                 job.result = _fault("the request was handled, but its result could not be kept", error)
         with self._mutex:
@@ -459,7 +455,7 @@ class Service:
     def _of_sampler(self, job: Job) -> tuple[str, bytes]:
         sampling = job.owner
         assert isinstance(sampling, SamplingSession)
-        request, base = json.loads(job.body()), self.base
+        request, base = json.loads(_content(job.path)), self.base
         asked = sampler.read(request, sampling.key(job.number), base.stop_token_ids, base.max_length)
         try:
             self.sampler.hold_weights(sampling.id, self._weights_of(sampling))
@@ -477,11 +473,19 @@ class Service:
         model = job.owner
         assert isinstance(model, Model)
         try:
-            body = job.body()
+            body = _content(job.path)
         except Refused as error:
             model.damage = model.damage or f"model {model.id} ends: {error}"
         if model.damage:  # what came after a request that is lost would be computed without it
             raise Refused(model.damage)
+        try:
+            return self._answer(model, job, body)
+        except Exception as error:
+            if job.again and not _is_error(*job.read()):
+                model.damage = f"model {model.id} ends: request {job.number} cannot be done again: {error}"
+            raise
+
+    def _answer(self, model: Model, job: Job, body: bytes) -> tuple[str, bytes]:
         if job.number > 0 and model.learner is None:
             self._restore(model)
         if job.kind == "forward_backward":
@@ -645,6 +649,10 @@ def _fault(what: str, error: Exception) -> tuple[str, bytes]:
     traceback.print_exception(error, file=sys.stderr)
     said = f"{what}: {type(error).__name__}: {error}; the server's standard error has more"
     return "json", json.dumps({"error": said, "category": "server"}).encode()
+
+
+def _is_error(form: str, content: bytes) -> bool:
+    return form == "json" and "error" in json.loads(content)
 
 
 def _found(things: Mapping[str, Thing], id_: str) -> Thing:

@@ -212,6 +212,9 @@ def test_a_key_is_the_owner_of_what_was_made_with_it(base, tmp_path):
             status, said = running.ask(route, body, other | more, method)
             assert (status, "nothing of this id" in said["detail"]) == (404, True), (route, said)
         assert running.ask("training_runs", headers=other)[1]["training_runs"] == []
+        wrong = {"model_id": model, "seq_id": running.service.model(model).next, "path": 1}
+        assert running.ask("save_weights", wrong, other)[0] == 400
+        assert running.service.model(model).next == wrong["seq_id"]  # another key takes no number
         assert [run["training_run_id"] for run in running.ask("training_runs", headers=one)[1]["training_runs"]] == [
             model
         ]

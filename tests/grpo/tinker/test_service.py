@@ -727,6 +727,25 @@ def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
         second.close()
 
 
+def test_a_model_whose_load_cannot_be_done_again_computes_nothing_after_it(base, tmp_path, monkeypatch):
+    """Else it would go on with the weights that it had before. No state was kept, since the disk was full."""
+    service = Service(base, "llama", tmp_path / "state", torch.float32)
+    client, other = Client(service), Client(service)
+    path = answer(other.ask("save_weights", path="one"))["path"]
+    client.learn()
+    with monkeypatch.context() as full:
+        full.setattr(of_service.Service, "_keep", lambda *_: 1 / 0)
+        answer(client.ask("load_weights", path=path, optimizer=True))
+        service.close()
+    service.delete_checkpoint(service.model(other.model), "weights/one")
+    client.service = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        for job in client.learn():
+            assert "request 3 cannot be done again: path 'tinker://" in error(job)
+    finally:
+        client.service.close()
+
+
 def flip(path, place=-3):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
