@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from grpo.config.run import LearningConfig
 
 METRICS = {
-    "loss/mtp": "loss of the MTP head over its depths, detached from the base model; nats per token",
+    "loss/mtp": "loss of the MTP head over its depths, before its weight, detached from the base model; nats per token",
     "loss/mtp_tv": "the same by total variation (quartet mtp): share of drafts rejected at best, fraction",
     "time/mtp_head": "forward of the MTP head and its loss, without most of its backward, and all work on "
     "zero-variance groups that are read only for it; part of time/learn, seconds",
@@ -70,7 +70,7 @@ class DraftHeadTerm(Term):
         loss = head_loss(self.policy, options, mini, forward.preceding, weights, temperature, together)
         if loss is None:
             return None
-        work.note("loss/mtp", loss)
+        work.note("loss/mtp", loss, 1 / options.loss_weight)
         self.seconds += time.perf_counter() - began if mini.learns else 0.0
         return loss
 
@@ -87,9 +87,9 @@ class DraftHeadTerm(Term):
             max(1, CHUNK_ELEMENTS // 4 // len(lm_head)),
             divergence=self.divergence,
         )
-        loss = options.loss_weight * loss / (work.batch.num_completion_tokens * work.ranks.readers)  # each reads all
+        loss = loss / (work.batch.num_completion_tokens * work.ranks.readers)  # each reads all
         work.note("loss/mtp_tv" if self.divergence == "tv" else "loss/mtp", loss)
-        return loss
+        return options.loss_weight * loss
 
     def end(self, works: Sequence[Work]) -> dict[str, float]:
         if not any(work.fixed.get(self.name) for work in works):
