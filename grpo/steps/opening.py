@@ -19,6 +19,7 @@ from grpo.steps.collector import Collector
 from grpo.steps.loop import Run
 from grpo.steps.pool import sampling_of, sampling_of_steps
 from grpo.task.check import check_plan, open_task
+from grpo.task.parts import check_lengths
 from grpo.task.task import Task
 from policies import four_bit
 from policies.devices import device_of
@@ -100,8 +101,8 @@ def first_policy(run: Run[Any], task: Task, model: str | None = None) -> Policy:
         raise PolicyError(stays_packed(config.model, packing.quantization_config.quant_method))
     if policy.paths != Paths():
         run.log.say(f"a model of type {policy.config.model_type!r} is {policy.paths.with_reasons}")
-    if task.held_out or isinstance(config, TrainConfig | MtpConfig):
-        task.check_lengths(policy, config.rollout.max_completion_tokens)
+    supervised_before = run.resumes or run.saved is not None or model is not None
+    check_lengths(task, policy, config, begins=not supervised_before)
     return policy
 
 

@@ -121,9 +121,11 @@ class Mix(Task):
         each = (self.part_of(example.example_id).fingerprints([example]) for example in examples)
         return {fingerprint: name for one in each for fingerprint, name in one.items()}
 
-    def check_lengths(self, policy: Policy, max_completion_tokens: int) -> None:
+    def check_lengths(
+        self, policy: Policy, max_completion_tokens: int | None, *, learns_solutions: bool = False
+    ) -> None:
         for part in self.parts.values():
-            part.check_lengths(policy, max_completion_tokens)
+            part.check_lengths(policy, max_completion_tokens, learns_solutions=learns_solutions)
 
     def corpus(self, limit: int = 4000) -> Iterator[str]:
         return chain.from_iterable(part.corpus(limit // len(self.parts)) for part in self.parts.values())

@@ -25,7 +25,7 @@ from policies import four_bit, presets
 from policies.checkpoint import check_files, note_own_code
 from policies.devices import device_of
 from policies.layout import find_file
-from policies.policy import PolicyError, read_tokenizer
+from policies.policy import Policy, PolicyError, read_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -123,9 +123,19 @@ def check_prompts(plan: Plan, task: Task) -> None:
     if tokenizer is None:
         return
     config, policy = plan.options, plan.bare_policy(tokenizer)
-    if isinstance(config, TrainConfig | MtpConfig) or (isinstance(config, RunConfig) and task.held_out):
-        task.check_lengths(policy, config.rollout.max_completion_tokens)
+    if isinstance(config, RunConfig):
+        check_lengths(task, policy, config)
     _ = policy.stop_token_ids  # raises where there is none
+
+
+def check_lengths(task: Task, policy: Policy, config: RunConfig, *, begins: bool = True) -> None:
+    """Raises ValueError for prompts that do not fit into the context of the policy, and in a run that `begins`, for the
+    solutions of its supervised steps. Version 0.2 learned from solutions of any length: its runs continue so."""
+    samples = bool(task.held_out) or isinstance(config, TrainConfig | MtpConfig)
+    supervises = isinstance(config, LearningConfig) and config.supervision.steps > 0
+    if samples or supervises:
+        longest = config.rollout.max_completion_tokens if samples else None
+        task.check_lengths(policy, longest, learns_solutions=supervises and begins)
 
 
 def tokenizer_of(plan: Plan, task: Task) -> PreTrainedTokenizerBase | None:

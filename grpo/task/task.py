@@ -258,21 +258,37 @@ class Task:
         """The problems' fingerprints, with their ids."""
         return {problem_fingerprint(self.template.content(e)): e.example_id for e in examples}
 
-    def check_lengths(self, policy: Policy, max_completion_tokens: int) -> None:
-        """Raises ValueError where a prompt leaves no room for its completion: now, rather than when its turn comes."""
-        room, long = policy.max_length - max_completion_tokens, []
+    def check_lengths(
+        self, policy: Policy, max_completion_tokens: int | None, *, learns_solutions: bool = False
+    ) -> None:
+        """Raises ValueError if a prompt leaves no room for its completion (None: nothing is sampled), or for the
+        solution that supervised steps learn from: now, rather than when its turn comes."""
+        room = policy.max_length - (max_completion_tokens or 0)
+        long: list[Prompt] = []
+        solved: set[str] = {example.example_id for example in self.solved} if learns_solutions else set()
+        long_solutions: list[PackedRow] = []
         for example in (*self.train, *self.validation, *self.held_out):
             text = self.template.render(example, policy.tokenizer)
             if fault := beyond_context(text, policy.max_length):
                 raise ValueError(f"the prompt of {example.example_id!r} {fault}; take it out of the data")
-            if len(text.encode(errors="surrogatepass")) > room - 8:  # a token is a byte or more; some are added
+            if max_completion_tokens is not None and _may_pass(text, room):
                 prompt = self.prompt(example, policy.tokenizer)
                 long += [prompt] if len(prompt.token_ids) > room else []
+            shows_tools = self.actor.environment is not None  # which are in no template
+            if example.example_id in solved and (shows_tools or _may_pass(text + example.solution, policy.max_length)):
+                row = self.solution(example, policy.tokenizer, policy.stop_token_ids[0])
+                long_solutions += [row] if row.length > policy.max_length else []
         if long:
             raise ValueError(
                 f"{len(long)} prompts, the first of them {long[0].prompt_id!r} with {len(long[0].token_ids)} tokens, "
                 f"pass the policy's context of {policy.max_length} with max_completion_tokens={max_completion_tokens}; "
                 "lower it, or take them out of the data"
+            )
+        if long_solutions:
+            first = long_solutions[0]
+            raise ValueError(
+                f"{len(long_solutions)} solutions with their prompts, the first of them {first.example_id!r} with "
+                f"{first.length} tokens, pass the policy's context of {policy.max_length}; take them out of the data"
             )
 
     def corpus(self, limit: int = 4000) -> Iterator[str]:
@@ -360,6 +376,11 @@ class Task:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _may_pass(text: str, room: int) -> bool:
+    """Whether a text may have more tokens than there is room for. A token is a byte or more; some are added."""
+    return len(text.encode(errors="surrogatepass")) > room - 8
 
 
 def _refuse_too_few(key: str, count: int, examples: Sequence[Example]) -> None:

@@ -322,9 +322,7 @@ def test_contract_6_other_rewards_score_the_same_groups_and_a_failure_of_theirs_
 @pytest.mark.parametrize("how", ["draw", "sample and score"])
 def test_contract_6_a_failure_of_the_runs_own_reward_is_an_event_in_every_loop(micro_config, tmp_path, how):
     file = tmp_path / "mine.py"
-    file.write_text(
-        "def mine(completions, **_):\n    return [1.0 if '####' in text else float('nan') for text in completions]"
-    )
+    file.write_text("def mine(completions, **_): return [1.0 if '####' in c else float('nan') for c in completions]\n")
     rewards = [{"function": f"{file}:mine"}]
     config = micro_config(tmp_path / "run", rewards=rewards, **QUICK | {"steps": 1, "reward.on_error": "drop_sample"})
     failed = []

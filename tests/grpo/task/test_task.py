@@ -1,12 +1,15 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from reward_workers import reward_workers
 
 from grpo.config.run import SftConfig, TrainConfig
-from grpo.task.check import check_plan
+from grpo.sft import sft
+from grpo.task.check import check_plan, task_of
+from grpo.task.parts import check_lengths, check_prompts
 from grpo.task.task import Task
 from policies.presets import small_tokenizer
 from rewards.config.data import SourceOptions
@@ -186,6 +189,37 @@ def test_prompts_that_leave_no_room_for_a_completion_are_refused_before_the_firs
         task.check_lengths(policy, room)
         with pytest.raises(ValueError, match=rf"{longest.prompt_id!r} with {256 - room} tokens, pass .*={room + 1};"):
             task.check_lengths(policy, room + 1)
+
+
+def test_solutions_that_pass_the_context_are_refused_before_the_first_supervised_step(folder, random_policy):
+    """To the token, with prompt and stop token. Learned positions end there: torch raised an IndexError in the middle
+    of the run. Other positions were learned that no rollout reaches."""
+    data, one = SourceOptions(name=str(folder), template="{question}"), {"max_completion_tokens": 1}
+    policy = SimpleNamespace(tokenizer=random_policy(0).tokenizer, stop_token_ids=[0])
+    supervises, samples = (TrainConfig(model="tiny", sft={"steps": steps}, rollout=one) for steps in (1, 0))
+    with _task(data, held_out=3) as task:
+        lengths = [task.solution(example, policy.tokenizer, 0).length for example in task.solved]
+        policy.max_length = max(lengths)
+        check_lengths(task, policy, supervises)
+        policy.max_length -= 1
+        alike = lengths.count(max(lengths))
+        words = rf"{alike} solutions with their prompts, the first of them '.*' with {max(lengths)} tokens, pass the"
+        with pytest.raises(ValueError, match=words):
+            check_lengths(task, policy, supervises)
+        check_lengths(task, policy, supervises, begins=False)
+        check_lengths(task, policy, samples)
+
+
+def test_quartet_sft_refuses_them_too_though_it_samples_nothing(micro_config, tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": f"{'one more ' * 400}#### {i + 1}"} for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = micro_config(tmp_path).model_dump(include={"model", "threads", "rewards"})
+    data = {"name": str(tmp_path / "train.jsonl")}
+    config = SftConfig(output_dir=tmp_path / "run", steps=1, prompts_per_step=2, data=data, **given)
+    with pytest.raises(ValueError, match="4 solutions with their prompts, .* pass the policy's context of 256; take"):
+        sft(config)
+    with task_of(config) as task, pytest.raises(ValueError, match="pass the policy's context of 256"):
+        check_prompts(check_plan(config), task)
 
 
 def test_a_chat_prompt_of_a_model_without_a_template_is_refused_before_it_is_loaded(

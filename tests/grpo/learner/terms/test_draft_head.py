@@ -49,6 +49,15 @@ def test_each_token_of_the_taught_groups_has_the_same_weight(random_policy):
     assert teaching(policy, MTPOptions(loss_weight=0.0), rows, step=1) == {}
 
 
+@pytest.mark.parametrize("kind", [MTPOptions, SftMTPOptions])
+def test_the_metric_is_in_nats_per_token_whatever_the_weight_is(random_policy, kind):
+    found = []
+    for weight in (1.0, 0.1):
+        learner = supervised_learner(random_policy(1), mtp=kind(depth=2, loss_weight=weight))
+        found.append(learner.forward_backward(supervised(ROWS, 1))["loss/mtp"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def _gradients(policy, options: MTPOptions) -> dict[str, torch.Tensor]:
     metrics = supervised_learner(policy, mtp=options).forward_backward(supervised(ROWS, 1))
     assert metrics["loss/mtp"] > 0
