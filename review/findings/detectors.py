@@ -55,7 +55,8 @@ def rate_high(record: Record) -> Cause:
     what = f"Step {step} moved the policy by a KL of {nats:.3g} nats a completion, where one or two are many, and the "
     what += f"marks went from {before:.3g} to {after:.3g}."
     change = f"lower {record.option('learner.learning_rate')}, {_factor(nats**0.5)} times perhaps"
-    return nats > 5 and z < (2 if nats > 30 else -3), what, change
+    is_no_gain = z < 2 if record.has_rise else after <= before
+    return nats > 5 and (is_no_gain if nats > 30 else z < -3), what, change
 
 
 def _factor(value: float) -> int:
@@ -165,10 +166,10 @@ def _differs_from_zero(values: list[float]) -> bool:
 
 
 def group_size(record: Record) -> Cause:
-    size = int(record.options.get("rollout.group_size") or 8)
-    what = f"Groups have {size} completions, and {record.mean('group/zero_variance'):.0%} of them have zero variance."
-    learns = record.rise[2] > 2
-    return size < 4 and not learns, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
+    size, ties = int(record.options.get("rollout.group_size") or 8), record.mean("group/zero_variance")
+    what = f"Groups have {size} completions, and {ties:.0%} of them have zero variance."
+    stands_still = record.has_rise and record.rise[2] <= 2
+    return size < 4 and (stands_still or (ties > 0.5 and not record.has_rise)), what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
 
 
 def tied(record: Record) -> Cause:
