@@ -169,7 +169,8 @@ def group_size(record: Record) -> Cause:
     size, ties = int(record.options.get("rollout.group_size") or 8), record.mean("group/zero_variance")
     what = f"Groups have {size} completions, and {ties:.0%} of them have zero variance."
     stands_still = record.has_rise and record.rise[2] <= 2
-    return size < 4 and (stands_still or (ties > 0.5 and not record.has_rise)), what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
+    is_there = size < 4 and (stands_still or (ties > 0.5 and not record.has_rise))
+    return is_there, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
 
 
 def tied(record: Record) -> Cause:
@@ -290,8 +291,9 @@ EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are lef
 # What is no cause, by loss.advantage: these estimators learn from a group whose marks are equal, and a teacher's
 # log-probabilities are learned from whatever the marks are.
 _OF_GROUPS = {"temperature", "group_size", "tied"}
-_OF_MARKS = {"unmarked", "sign_flipped", "reward_constant", "template", "answer_column", "hacked", "other_part", "noise"}
+_OF_MARKS = {"unmarked", "sign_flipped", "reward_constant", "template", "answer_column"}
+_OF_MARKS |= {"hacked", "other_part", "noise", "all_solved", "none_solved", "tiny_differences"}
 NO_CAUSE: dict[str, set[str]] = {
     **dict.fromkeys(("reinforce_plus_plus", "gae", "rank_softmax"), _OF_GROUPS),
-    "distill": _OF_GROUPS | _OF_MARKS | {"all_solved", "none_solved", "tiny_differences"},
+    "distill": _OF_GROUPS | _OF_MARKS,
 }

@@ -60,13 +60,15 @@ class Rollouts:
         return text_of(said) if said else line["text"]
 
     def row(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns of the row of the data whose question, the longest of several, is in the prompt."""
+        """The columns of the row of the data whose question is in the prompt. Worked examples stand before the question
+        that is asked, so that of several the one that ends last counts, and of these the longest."""
         if not self._data.name:
             return {}
         last = text_of(line["messages"] or line["prompt"]).strip()
         questions = [last] if last in self._examples else [q for q in self._examples if q in line["prompt"]]
         if questions:
-            return self._examples[max(questions, key=len)].columns
+            ends = {question: line["prompt"].rfind(question) + len(question) for question in questions}
+            return self._examples[max(questions, key=lambda question: (ends[question], len(question)))].columns
         raise ValueError(f"no question of the data ({self._data.name}) is in the prompt {line['prompt'][:200]!r}")
 
     def completion_columns(self, group: list[dict[str, Any]]) -> dict[str, list[Any]]:
