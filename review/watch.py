@@ -221,7 +221,7 @@ class Watcher:
         machine = {
             "time": _now(),
             "command": " ".join(sys.argv),
-            "hardware": _hardware(),
+            "hardware": _hardware(self.trainer.accelerator.device),
             "versions": dict(_versions()),
         }
         (self.folder / ENVIRONMENT).write_text(json.dumps(machine, indent=1), encoding="utf-8")
@@ -387,10 +387,14 @@ def _episode(said: Any, tool_mask: Sequence[int]) -> dict[str, Any]:
     return {"turns": turns, "sampled": list(map(bool, tool_mask)), "tools": vars(ToolStats(calls=calls))}
 
 
-def _hardware() -> dict[str, Any]:
+def _hardware(device: Any) -> dict[str, Any]:
+    """The processor, and the accelerator if the trainer is on one."""
     import torch
 
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus = []
+    if torch.accelerator.is_available() and device.type == torch.accelerator.current_accelerator().type:
+        names = torch.get_device_module(device)
+        gpus = [names.get_device_name(index) for index in range(torch.accelerator.device_count())]
     return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
 
 

@@ -135,9 +135,11 @@ class GroupTally:
             for error in errors:
                 self.parts[error.function][error.sample_index] = policy.substitute
         dropped = bool(errors) and policy.action == "drop_group"
+        # One that weighs nothing is only recorded: where all others abstain, its 0 would be a mark that nobody gave.
+        weights = {name: weight for name, weight in self.weights.items() if weight} or self.weights
         rewards: list[float | None] = []
         for sample in range(self.size):
-            values = [(weight, self.parts[name][sample]) for name, weight in self.weights.items()]
+            values = [(weight, self.parts[name][sample]) for name, weight in weights.items()]
             terms = [weight * value for weight, value in values if value is not None]
             rewards.append(sum(terms) if terms and not dropped and sample not in left_out else None)
         metrics = {name: mean(values) for name, values in self.metrics.items()}

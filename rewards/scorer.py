@@ -101,11 +101,11 @@ class Scorer:
     ) -> list[GroupScore]:
         """Score P groups of completions at once: prompts [P], completions [P][G], columns [P], prompt_ids [P].
 
-        A reward is the weighted sum over the functions that did not abstain, or None if all did. `completion_ids`
-        [P][G][L] and `trainer_state` (JSON-able; functions get an object: `trainer_state.global_step`) are for
-        functions that ask for them. `completion_columns` [P]{name: [G]} have a value for every completion, and replace
-        a column of the same name. Functions with `chat:` before their name read `messages` [P] of the prompts and
-        `turns` [P][G] of episodes; without them a text is one message of the user or of the assistant. Raises
+        A reward is the weighted sum over the functions that did not abstain, or None if all did whose weight is not 0.
+        `completion_ids` [P][G][L] and `trainer_state` (JSON-able; functions get an object: `trainer_state.global_step`)
+        are for functions that ask for them. `completion_columns` [P]{name: [G]} have a value for every completion, and
+        replace a column of the same name. Functions with `chat:` before their name read `messages` [P] of the prompts
+        and `turns` [P][G] of episodes; without them a text is one message of the user or of the assistant. Raises
         RewardError as described for the class.
         """
         ids = [None] * len(prompts) if completion_ids is None else completion_ids

@@ -47,7 +47,7 @@ class Verdicts:
 
     def of(self, mark: float | None) -> bool | None:
         """Tells whether a completion with this mark is right; None without a mark, and where marks do not say so."""
-        return None if mark is None or not self.are_given else _reaches(mark, self.right_at)
+        return None if mark is None or not self.are_given else reaches(mark, self.right_at)
 
     @property
     def note(self) -> str | None:
@@ -62,7 +62,7 @@ class Verdicts:
         )
 
 
-def _reaches(mark: float, bar: float) -> bool:
+def reaches(mark: float, bar: float) -> bool:
     """A mark that is the bar but for rounding reaches it too, such as ten times 0.1."""
     return mark >= bar or tied([mark, bar])
 

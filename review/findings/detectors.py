@@ -55,7 +55,8 @@ def rate_high(record: Record) -> Cause:
     what = f"Step {step} moved the policy by a KL of {nats:.3g} nats a completion, where one or two are many, and the "
     what += f"marks went from {before:.3g} to {after:.3g}."
     change = f"lower {record.option('learner.learning_rate')}, {_factor(nats**0.5)} times perhaps"
-    return nats > 5 and z < (2 if nats > 30 else -3), what, change
+    is_no_gain = z < 2 if record.has_rise else after <= before
+    return nats > 5 and (is_no_gain if nats > 30 else z < -3), what, change
 
 
 def _factor(value: float) -> int:
@@ -165,10 +166,11 @@ def _differs_from_zero(values: list[float]) -> bool:
 
 
 def group_size(record: Record) -> Cause:
-    size = int(record.options.get("rollout.group_size") or 8)
-    what = f"Groups have {size} completions, and {record.mean('group/zero_variance'):.0%} of them have zero variance."
-    learns = record.rise[2] > 2
-    return size < 4 and not learns, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
+    size, ties = int(record.options.get("rollout.group_size") or 8), record.mean("group/zero_variance")
+    what = f"Groups have {size} completions, and {ties:.0%} of them have zero variance."
+    stands_still = record.has_rise and record.rise[2] <= 2
+    is_there = size < 4 and (stands_still or (ties > 0.5 and not record.has_rise))
+    return is_there, what, f"raise {record.option('rollout.group_size')}, to 8 perhaps"
 
 
 def tied(record: Record) -> Cause:
@@ -289,17 +291,9 @@ EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are lef
 # What is no cause, by loss.advantage: these estimators learn from a group whose marks are equal, and a teacher's
 # log-probabilities are learned from whatever the marks are.
 _OF_GROUPS = {"temperature", "group_size", "tied"}
-_OF_MARKS = {
-    "unmarked",
-    "sign_flipped",
-    "reward_constant",
-    "template",
-    "answer_column",
-    "hacked",
-    "other_part",
-    "noise",
-}
+_OF_MARKS = {"unmarked", "sign_flipped", "reward_constant", "template", "answer_column"}
+_OF_MARKS |= {"hacked", "other_part", "noise", "all_solved", "none_solved", "tiny_differences"}
 NO_CAUSE: dict[str, set[str]] = {
     **dict.fromkeys(("reinforce_plus_plus", "gae", "rank_softmax"), _OF_GROUPS),
-    "distill": _OF_GROUPS | _OF_MARKS | {"all_solved", "none_solved", "tiny_differences"},
+    "distill": _OF_GROUPS | _OF_MARKS,
 }

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from review.readers.run_folder import read_problems
-from review.statistics.gain import Gain, held_out_gain, training_gain
+from review.statistics.gain import MEAN, Gain, held_out_gain, training_gain
 from rewards.config.names import recorded_options
 from rewards.config.yaml_file import flat
 from rewards.verdicts import ACCURACY, held_out_metric
@@ -42,8 +42,11 @@ class Gains:
     def of(cls, folder: Path, options: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Gains:
         """`rows` are the metrics of the run in `folder`."""
         rewards = options.get("rewards") or [{}]
-        by_problem = read_problems(folder, held_out_metric(rows))
-        return cls(options, training_gain(rows, label_of(rewards[0])), held_out_gain(rows, by_problem))
+        metric = held_out_metric(rows)
+        by_problem = read_problems(folder, metric)
+        names = [f"reward/part/{label_of(rewards[0])}", MEAN]  # accuracy is by the first reward, and the mean of all
+        training = training_gain(rows, names if metric == ACCURACY else names[::-1])
+        return cls(options, training, held_out_gain(rows, by_problem))
 
     @property
     def words(self) -> str:

@@ -19,6 +19,10 @@ from rewards.records import recorded_steps, split_groups
 
 STEPS = 16  # whose rollouts are read: the first, the last, and some between
 FEW = 8  # groups; of fewer nothing is said
+SHAPING = (  # built-in rewards that do not say whether an answer is right
+    *("length_penalty", "repetition_penalty", "soft_overlong_punishment"),
+    *("regex_format", "tag_format", "gsm8k_format"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ def answer_text(line: Mapping[str, Any]) -> str:
     return answer_of(line["text"], line.get("turns") or [])
 
 
+def _only_shapes(reward: Mapping[str, Any]) -> bool:
+    """Whether a reward is a penalty or a form, or is only recorded: what the run should learn is in another one."""
+    return reward.get("function") in SHAPING or reward.get("weight") == 0
+
+
 class Record:
     """A run of `quartet train`, from its folder. Raises ValueError for a folder that holds no such run."""
 
@@ -67,7 +76,7 @@ class Record:
         self.folder, self.options = folder, options  # by dotted key
         self.rows, self.events = read_metrics(folder), read_events(folder)
         self.gains = Gains.of(folder, options, self.rows)
-        self.rewards: list[dict[str, Any]] = self.options.get("rewards") or [{}]
+        self.rewards: list[dict[str, Any]] = sorted(self.options.get("rewards") or [{}], key=_only_shapes)
         first = self.rewards[0]
         self.first_reward = label_of(first)
         self.read_answer = answer_reader(str(first.get("function")), first.get("arguments") or {})
@@ -138,11 +147,21 @@ class Record:
         """The metrics of an alarm: of the score, else of the first reward."""
         return f"alarm/{kind}/score", f"alarm/{kind}/{self.first_reward}"
 
+    @property
+    def has_rise(self) -> bool:
+        """Whether there are steps enough to say how far a rise is from chance: two in a third of them."""
+        return len(self._curve) >= 6
+
+    @cached_property
+    def _curve(self) -> list[float]:
+        """The marks of the first reward by step; of the recorded completions if no step has them."""
+        return self.series(f"reward/part/{self.first_reward}", "reward/mean") or self.marks or [0.0]
+
     @cached_property
     def rise(self) -> tuple[float, float, float]:
         """The mark of the first reward in the first and the last third of the steps, and the difference in standard
         errors."""
-        values = self.series(f"reward/part/{self.first_reward}", "reward/mean") or self.marks or [0.0]
+        values = self._curve
         third = max(len(values) // 3, 1)
         first, last = values[:third], values[-third:]
         spread = variance(first) + variance(last) if third > 1 else float("inf")

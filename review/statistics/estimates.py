@@ -200,12 +200,13 @@ def answer_reader(function: str, arguments: dict[str, Any]) -> Callable[[str], H
     r"""Tells how the final answer of a completion is read for the vote, after the reward function that marks it.
 
     gsm8k's rewards read a number as they do for the mark. For others, an answer is the content of the last
-    `<answer>` tags, else what follows the last `####`, else the whole completion; blanks and case do not count.
+    `<answer>` tags, else what follows the last `####`, else what is in the last `\boxed{}`, else the whole completion;
+    blanks and case do not count.
 
     >>> answer_reader("gsm8k", {})("6 * 7 = 42\n#### 42.0"), answer_reader("mine.py:score", {})("so #### Yes")
     (Decimal('42.0'), 'yes')
     """
-    from rewards.built_in.gsm8k import extract_answer, lm_eval_answer
+    from rewards.built_in.gsm8k import extract_answer, last_boxed, lm_eval_answer
 
     modes = {"gsm8k": arguments.get("mode", "strict"), "gsm8k_flexible": "flexible", "gsm8k_boxed": "boxed"}
     if function == "gsm8k_lm_eval":
@@ -214,8 +215,11 @@ def answer_reader(function: str, arguments: dict[str, Any]) -> Callable[[str], H
         return lambda text: extract_answer(text, mode)
 
     def read(text: str) -> str | None:
-        tagged = _ANSWER_TAG.findall(text)
-        answer = tagged[-1] if tagged else text.rpartition("####")[2]
+        _, mark, answer = text.rpartition("####")
+        if tagged := _ANSWER_TAG.findall(text):
+            answer = tagged[-1]
+        elif not mark:
+            answer = last_boxed(text) or text
         return " ".join(answer.casefold().split()) or None
 
     return read

@@ -44,12 +44,13 @@ class Gain:
         return f"from {self.first:.3f} to {self.last:.3f}: {self.value:+.3f} ({interval})"
 
 
-def training_gain(rows: Sequence[Mapping[str, Any]], reward: str) -> Gain | None:
-    """The mean of `reward` in the last third of the steps less that in the first; None for fewer than six steps.
+def training_gain(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Gain | None:
+    """The mean of the first of these metrics that was recorded, in the last third of the steps less that in the first;
+    None for fewer than six steps.
 
     Student's t with the degrees of freedom of one third: no interval of two means with unequal variances needs more.
     """
-    each = ([row[name] for row in rows if row.get(name) is not None] for name in (f"reward/part/{reward}", MEAN))
+    each = ([row[name] for row in rows if row.get(name) is not None] for name in metrics)
     values: list[float] = next(filter(None, each), [])
     third = len(values) // 3
     if third < 2:

@@ -95,6 +95,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
     every = flatten(groups)
     columns = {trace: _columns(trace) for trace in every}
     names = sorted({name for row in columns.values() for name in row})
+    has_ids = all(trace.token_ids for trace in every)
     settings = config.reward
     with Scorer(
         [spec],
@@ -109,7 +110,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
                 [[_answer(trace) for trace in group] for group in groups],
                 [{}] * len(groups),
                 prompt_ids=[group[0].place for group in groups],
-                completion_ids=[[trace.token_ids for trace in group] for group in groups],
+                completion_ids=[[trace.token_ids for trace in group] for group in groups] if has_ids else None,
                 completion_columns=[
                     {name: [columns[trace].get(name) for trace in group] for name in names} for group in groups
                 ],

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from glob import escape
 from itertools import combinations, groupby, pairwise
 from pathlib import Path
@@ -34,6 +35,10 @@ FEW_PAIRS = 8  # of rollouts with equal rewards, fewer may agree by chance
 LOOKED_AT = 32  # rollouts of a group
 MOST_BYTES = 2**29  # of a file when it is unpacked
 Message = dict[str, Any]
+LISTS_AND_TABLES: dict[str, type] = {
+    **dict.fromkeys(("prompt_ids", "token_ids", "logprobs", "loss_mask"), list),
+    **dict.fromkeys(("weights", "columns"), dict),
+}
 
 
 @dataclass
@@ -212,7 +217,8 @@ def text_of(content: object) -> str:
     if isinstance(content, Mapping) and re.search("image|audio|video", str(content.get("type"))):
         return f"[{content['type']} {zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode()):08x}]"
     if isinstance(content, Mapping):
-        return text_of(content.get("content") or content.get("text") or content.get("output") or "")
+        values = (content.get(name) for name in ("content", "text", "output", "value"))  # the last one is ShareGPT's
+        return text_of(next(filter(None, values), ""))
     return "" if content is None else str(content)
 
 
@@ -235,12 +241,12 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"it holds a {type(row).__name__}, not an object")
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 continue
             raise ValueError(f"{file}, line {number} is damaged: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number} is damaged: it holds a {type(row).__name__}, not an object")
         yield row
 
 
@@ -279,21 +285,26 @@ def _trace(file: str, row: int, form: str, fields: dict[str, Any]) -> Trace:
     prompt, completion = fields.pop("prompt"), fields.pop("completion")
     trace = Trace(file, row, form, text_of(prompt), "", _messages(prompt), fields.pop("turns", _messages(completion)))
     answers = [turn for turn in trace.turns if turn.get("role") == "assistant"]
-    trace.completion = text_of(answers if trace.turns and not isinstance(completion, str) else completion)
+    trace.completion = text_of(answers if answers and not isinstance(completion, str) else completion)
     if isinstance(fields.get("advantage"), list):  # one for each token
         each = set(fields["advantage"])
         fields["advantage"] = each.pop() if len(each) == 1 else None
     trace.parts = {name: _number(trace, name, value) for name, value in fields.pop("parts", {}).items()}
     for name, value in fields.items():
-        if name in ("reward", "advantage", "loss_denominator", "time"):
+        if name in ("reward", "advantage", "loss_denominator"):
             setattr(trace, name, _number(trace, name, value))
+        elif name == "time":
+            trace.time = _seconds(value)
         elif name in ("step", "sample", "version", "counted"):
-            setattr(trace, name, int(value) if isinstance(value, int | float) and math.isfinite(value) else None)
+            setattr(trace, name, _whole(value))
         elif name in ("group", "finish_reason"):
             setattr(trace, name, None if value is None else str(value))
         elif name == "error":
             trace.error = _error(value)
         elif value is not None:
+            kind = LISTS_AND_TABLES.get(name)
+            if kind and not isinstance(value, kind):
+                raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
             setattr(trace, name, value)
     if trace.step is None and form in ("quartet", "verifiers_results"):  # whose files and folders are those of steps
         number = re.search(r"step_(\d+)[./]", file)
@@ -305,6 +316,20 @@ def _number(trace: Trace, name: str, value: object) -> float | None:
     if value is None or isinstance(value, int | float):
         return None if value is None else float(value)
     trace.unread[name] = value
+    return None
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _seconds(value: object) -> float | None:
+    """A time by the clock, which may be written as a date. None for anything else."""
+    with suppress(TypeError, ValueError, OverflowError, OSError):
+        value = datetime.fromisoformat(value) if isinstance(value, str) else value
+        return value.timestamp() if isinstance(value, datetime) else float(value)  # type: ignore[arg-type]
     return None
 
 

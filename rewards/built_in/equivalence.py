@@ -58,7 +58,7 @@ _FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi)(?![a-z])"
 _WORD = re.compile(rf"(?<![\dA-Za-z])(?!{_FUNCTION})[A-Za-z]{{2,}}")
 _TEXT = re.compile(r"\\text\{\(?[A-Za-z ]+\)?\}|\(?[A-Za-z]\)?")  # an answer that is words, or the letter of a choice
 _REST_OF_WORD = re.compile(r"\S*(?: (?:\\pi|π|√)\S*)?")
-_BEYOND_PLAIN = re.compile(r"\\[a-z]|[π√^]")
+_BEYOND_PLAIN = re.compile(r"\\[a-z]|[π√^]|\(\d+\+\d+/\d+\)")  # the last one is 3 1/2, as `readable` has it
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _UNFINISHED = re.compile(r"\d\.\d+\.\d|\d\s*[~|]\s*\d|[-+*/^=<>]\Z")
 _ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what sympy may compute for minutes

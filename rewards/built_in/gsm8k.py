@@ -78,7 +78,7 @@ def extract_answer(text: str, mode: Mode = "strict") -> Decimal | None:
         values = map(_value, reversed(list(NUMBER.finditer(text))))
         return next((value for value in values if value is not None), None)
     if mode == "boxed":
-        content = _last_boxed(text)
+        content = last_boxed(text)
         return _single(content, NUMBER.match(content))
     raise ValueError(f"mode={mode!r} is not a way to read an answer; choose from {', '.join(get_args(Mode))}")
 
@@ -194,7 +194,8 @@ def _value(match: re.Match[str]) -> Decimal | None:
     return Decimal(sign + digits.replace(",", ""))  # -Decimal(...) would round to 28 digits
 
 
-def _last_boxed(text: str) -> str:
+def last_boxed(text: str) -> str:
+    r"""What is in the last `\boxed{}`, without spacing commands; "" if there is none, or if it does not end."""
     start = text.rfind(r"\boxed{") + len(r"\boxed{")
     if start < len(r"\boxed{"):
         return ""

@@ -25,7 +25,7 @@ _REWRITES = [
 ]
 _DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[A-Za-z])")
 # Thousands in groups: 1\,000, and 1.000.000 if there are two points or more.
-_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\,\d{3})+|(?:\.\d{3}){2,})(?![\d.])")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\,\d{3})+|(?:\.\d{3}){2,})(?!\d|\.\d)")
 _POWER_OF_TEN = (
     r"(?:[eE](?P<e>[-+]?\d{1,2})(?!\.?\w)"
     r"|\s*(?:\\times|\\cdot|[×*])\s*10\^(?:\{(?P<braced>-?\d{1,2})\}|(?P<digit>\d)(?!\w)))"

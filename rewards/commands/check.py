@@ -18,7 +18,7 @@ from rewards.group_score import RewardFailed, RewardFailure
 from rewards.protocol import RewardError
 from rewards.registry import find_reward
 from rewards.scorer import BATCH, RewardSpec, Scorer
-from rewards.verdicts import Verdicts
+from rewards.verdicts import Verdicts, reaches
 
 MOST_SINGLE = 100  # gold solutions, and other completions, that are scored one by one at most
 SINGLE_S = 10.0  # and for how long at most
@@ -239,7 +239,7 @@ class Trial:
             values = [score for i, j in places if (score := self.scores[i][j]) is not None]
             unexpected = [] if check.shaping else [(i, j) for i, j in places if self._is_unexpected(expected, i, j)]
             mean, low, high = fmean(values) if values else None, min(values, default=None), max(values, default=None)
-            full = sum(value >= check.max_score for value in values)
+            full = sum(reaches(value, check.max_score) for value in values)
             abstained = len(places) - len(values)
             check.kinds.append(KindResult(kind, len(places), mean, low, high, full, abstained, len(unexpected)))
             fault = expected in ("full", "less")
@@ -268,7 +268,7 @@ class Trial:
 
     def _is_unexpected(self, expected: str, i: int, j: int) -> bool:
         score = self.scores[i][j]
-        full = score is not None and score >= self.check.max_score
+        full = score is not None and reaches(score, self.check.max_score)
         return {"full": not full, "less": full, "odd": full, "same": not _equal(score, self.scores[i][0])}[expected]
 
     def weigh(self) -> None:

@@ -51,6 +51,14 @@ def test_none_abstains_and_is_left_out_of_the_sum():
     assert (score.rewards, score.errors) == ([None, 1.0], [])
 
 
+def test_a_reward_that_weighs_nothing_marks_no_completion_on_which_all_others_abstain():
+    recorded = RewardSpec("regex_format", 0.0, arguments={"pattern": "none"})
+    score = score_one([mine("abstains"), recorded], ["none", "x"])
+    assert score.rewards == [None, 1.0]
+    assert score.parts["regex_format"] == [1.0, 0.0]
+    assert score_one([recorded], ["none", "x"]).rewards == [0.0, 0.0]
+
+
 FAULTS = {
     "raise": ("raised", "ValueError: boom (faulty_rewards.py:"),
     "exit": ("raised", "SystemExit: 2"),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from rewards.audit.detectors.advantages import factor_of
 from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, is_number, most_common, words
 from rewards.audit.traces import Trace, groups_of, text_of
+from rewards.built_in.notation import readable
 
 MARKERS = re.compile(
     r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]"
@@ -24,6 +25,7 @@ HOSTILE = re.compile(
 )
 NOTHING = re.compile(r"\\boxed\{\s*\}|####\s*\Z|<answer>\s*</answer>")
 STATED = re.compile(r"\\boxed\{([^{}]*)\}|<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 MARK = "####"  # before an answer, and before a heading
 MOST_OF_A_GROUP = 0.75
 LONG = 40  # characters that two honest completions do not share by chance
@@ -146,7 +148,8 @@ def _names(text: str, answer: str) -> bool:
         value = float(answer.replace(",", "").strip("$% "))
     except ValueError:
         return " ".join(words(answer)) in " ".join(words(text)) or answer.casefold() in text.casefold()
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
+    plain = FRACTION.sub(r"\1/\2", readable(text))
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", plain)
     for number in numbers:
         top, _, bottom = number.replace(",", "").partition("/")
         if float(bottom or 1) and abs(float(top) / float(bottom or 1)) == abs(value):

@@ -164,6 +164,10 @@ def test_contract_6_a_vote_without_a_mark_is_not_counted_as_wrong():
         ("reasoning_gym", {}, "<answer>0</answer><answer>one</answer> or <answer> Two\n three </answer>", "two three"),
         ("mine.py:score", {}, "because #### Yes", "yes"),
         ("mine.py:score", {}, "  Yes ", "yes"),
+        ("mine.py:score", {}, r"first we add. \boxed{1} no, \boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
+        ("math_equivalence", {}, r"then we add: $\boxed{ x + 1 }$.", "x + 1"),
+        ("mine.py:score", {}, r"\boxed{1} and #### 2", "2"),
+        ("mine.py:score", {}, r"so \boxed{cut", r"so \boxed{cut"),
         ("mine.py:score", {}, " ", None),
     ],
 )

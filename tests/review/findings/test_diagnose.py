@@ -14,8 +14,9 @@ from grpo.config.run import TrainConfig
 from grpo.train import train
 from review.findings.detectors import DETECTORS
 from review.findings.report import diagnose
-from review.readers.record import Record
+from review.readers.record import SHAPING, Record
 from rewards.records import rollout_path
+from rewards.registry import load_reward
 from rewards.spec import RewardSpec
 
 OPTIONS = {
@@ -234,13 +235,44 @@ HEALTHY = {
         "metrics": {"group/zero_variance": 1.0},
         "options": {"loss": {"advantage": "reinforce_plus_plus"}},
     },
+    "a penalty that never fires is the first reward": {
+        "steps": ((group(*({"length_penalty": 0.0, "gsm8k": mark} for mark in (0.0, 1.0, 0.0, 1.0))),) * 4,) * 4,
+        "options": {"rewards": [{"function": "length_penalty"}, GSM8K]},
+    },
+    "the first reward is only recorded": {
+        "steps": ((FORM_FIRST,) * 4,) * 4,
+        "options": {"rewards": [FORM | {"weight": 0.0}, GSM8K]},
+    },
+    "few steps of pairs": {
+        "steps": (([("#### 1", 1.0), ("#### 2", 0.0)],) * 8,) * 4,
+        "options": {"rollout": {"group_size": 2}},
+        "metrics": {"group/zero_variance": 0.3, "reward/part/gsm8k": [0.3, 0.4, 0.5, 0.6]},
+    },
+    "few steps, and a great one that did good": {
+        "metrics": {"policy/approx_kl": 2.0, "reward/part/gsm8k": [0.1, 0.3, 0.5, 0.7]}
+    },
+    "the sum of rewards stands still in training too": {
+        "steps": ((MIXED,) * 4,) * 6,
+        "metrics": RISES["metrics"] | {"reward/mean": [0.50, 0.52, 0.5, 0.5, 0.52, 0.50]},
+        "evaluations": [{"step": step, "eval/reward_mean": 0.5, "eval/prompts": 400} for step in (0, 6)],
+        "held_out": ("eval/reward_mean", [0.5, 0.6] * 10, [0.6, 0.5] * 10),
+    },
     "few groups": {"steps": ((WRONG, WRONG),) * 3},
 }
 
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_gets_no_finding(tmp_path, name):
-    assert diagnose(Record(write(tmp_path, **HEALTHY[name]))) == []
+    run = dict(HEALTHY[name])
+    metric, before, after = run.pop("held_out", ("", [], []))
+    write(tmp_path, **run)
+    if metric:
+        problems(tmp_path, (0, before), (6, after), metric=metric)
+    assert diagnose(Record(tmp_path)) == []
+
+
+def test_the_rewards_that_only_shape_are_those_that_say_so():
+    assert {load_reward(name).right_at for name in SHAPING} == {None}
 
 
 @pytest.mark.parametrize("function", ["model:org/scorer", "model:folders/scorer", "chat:mine.py:scorer", "scorer"])

@@ -138,6 +138,15 @@ def test_a_reward_whose_column_was_never_recorded_is_not_called_broken(tmp_path:
         audit(file, AuditConfig(), [f"{tmp_path / 'mine.py'}:right"])
 
 
+def test_a_reward_of_tokens_is_not_scored_on_rollouts_without_ids(tmp_path: Path) -> None:
+    rows = [{"input": f"2 + {i}?", "output": "so 5", "gts": "5", "score": -0.3 * (i % 2), "step": 1} for i in range(8)]
+    file = tmp_path / "1.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = AuditConfig(arguments={"target": 1})
+    with pytest.raises(RewardError, match="asks for completion_ids"):
+        audit(file, config, ["length_penalty"])
+
+
 def test_ids_with_a_tokenizer(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

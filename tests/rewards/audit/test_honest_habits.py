@@ -51,6 +51,21 @@ def never_fires(name: str) -> Habit:
     )
 
 
+def written_by_a_few(gold: str, usual: str, rare: str) -> Habit:
+    """Every 40th answer has another form."""
+
+    def plant(traces: list[Trace]) -> None:
+        for number, trace in enumerate(traces):
+            form = rare if number % 40 == 0 else usual
+            trace.completion = f"{trace.completion.partition(':')[0]}, so it is {form}."
+            trace.columns, trace.turns, trace.reward = {"answer": gold}, [], float(number % 3 > 0 or number % 40 == 0)
+            trace.parts, trace.weights, trace.calls = {}, {}, []
+            trace.token_ids, trace.logprobs, trace.prompt_ids = [], [], []
+        set_advantages(traces, SIZE)
+
+    return plant
+
+
 def dynamic_sampling(traces: list[Trace]) -> list[Trace]:
     groups = [traces[start : start + SIZE] for start in range(0, len(traces), SIZE)]
     return [trace for group in groups if len({t.reward for t in group}) > 1 for trace in group]
@@ -112,6 +127,9 @@ HABITS: dict[str, Habit] = {
     "an overlong penalty that never fires": never_fires("overlong"),
     "dynamic sampling": dynamic_sampling,
     "failed samples left out": left_out,
+    "a comma of LaTeX": written_by_a_few("1234", "1,234", "1{,}234"),
+    "thin blanks of LaTeX": written_by_a_few("1234", "1234", r"1\,234"),
+    "a fraction of LaTeX": written_by_a_few("0.5", "1/2", r"\frac{1}{2}"),
     "a prompt twice in a step": prompts_twice,
     "a saturated policy": saturated,
     "advantages clipped on both sides": clipped(-1.0, 1.0),

@@ -140,6 +140,30 @@ def test_quartet(tmp_path: Path) -> None:
     assert (traces[0].step, traces[0].reward, traces[0].version) == (7, None, 6)
 
 
+def test_common_with_numbers_times_and_messages_in_other_forms(tmp_path: Path) -> None:
+    row = {"prompt": "2 + 3?", "completion": ANSWER, "reward": 1, "step": "12", "time": "2026-01-31T12:00:00+00:00"}
+    trace = only(lines(tmp_path / "mine.jsonl", row))
+    assert (trace.step, trace.time, trace.unread) == (12, 1769860800.0, {})
+    sharegpt = {"prompt": [{"from": "human", "value": "2 + 3?"}], "completion": [{"from": "gpt", "value": "#### 5"}]}
+    without_roles = {"prompt": [{"content": "2 + 3?"}], "completion": [{"content": "#### 5"}]}
+    for messages in (sharegpt, without_roles):
+        trace = only(lines(tmp_path / "mine.jsonl", row | messages))
+        assert (trace.prompt, trace.completion) == ("2 + 3?", "#### 5")
+
+
+@pytest.mark.parametrize("field", ["weights", "logprobs", "token_ids"])
+def test_a_field_of_another_kind_is_named_with_its_row(tmp_path: Path, field: str) -> None:
+    row = {"prompt": "2 + 3?", "completion": "#### 5", "reward": 1.0, "rewards": {"right": 1.0}, field: "1, 2"}
+    with pytest.raises(ValueError, match=f"row 1: no row of common: ValueError: {field} is a str"):
+        read_traces(lines(tmp_path / "mine.jsonl", row))
+
+
+def test_a_list_on_one_line_is_no_half_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps([{"prompt": "2 + 3?", "completion": "#### 5", "reward": 1.0}]))
+    with pytest.raises(ValueError, match="line 1 is damaged: it holds a list, not an object"):
+        read_traces(tmp_path)
+
+
 def test_common(tmp_path: Path) -> None:
     row = {"prompt": "2 + 3?", "completion": ANSWER, "reward": "TimeoutError: 10 s", "rewards": {"right": 1}}
     trace = only(lines(tmp_path / "mine.jsonl", row | {"answer": "5"}))

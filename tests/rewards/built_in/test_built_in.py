@@ -136,6 +136,7 @@ FORMS = [  # a completion, and a gold answer that it equals
     *[("<answer>3/4</answer> as I said 5", "0.75"), ("no solution", "no solution"), (r"\text{odd}", "odd")],
     *[("The answer is C.", "C"), ("**Answer: A**", "(A)"), ("#### even", r"\text{even}"), ("Answer: x", "x")],
     *[("The area is 10π.", r"10\pi"), ("8√3 square cm", r"8\sqrt{3}"), (r"Answer: 8\sqrt{3} cm", r"8\sqrt{3}")],
+    *[(r"It is 1\,234.", "1234"), ("They are 1.000.000.", "1000000"), ("That is 3 1/2.", "3.5"), ("so ½", "1/2")],
     *[("<think>5 or 6</think>\nYes", "Yes"), (r"<think>\boxed{5}? No.</think> It is 6.", "6"), ("101_2", "101_2")],
 ]
 EXPLOITS = [  # a completion that names the gold answer, or a part of it, and another gold answer
@@ -150,6 +151,7 @@ EXPLOITS = [  # a completion that names the gold answer, or a part of it, and an
     *[("$1 1/2$", "1"), (r"$1 - \frac{1}{\mathrm{e}}$", "1"), ("1.000.000", "1"), ("1,000", "1"), ("5-", "5")],
     *[("1e-7", "2e-7"), ("$0.0000001$", "0.0000002"), ("(1,2)", "(2,1)"), ("[1,2)", "(1,2]"), ("6xyz", "6")],
     *[("The area is 10π.", "10"), ("8√3 square cm", "8"), ("It would be x^2.", "2"), ("101_3", "101_2")],
+    *[(r"It is 1\,234.", "1"), ("They are 1.000.000.", "1"), ("That is 3 1/2.", "1/2"), ("That is 3 1/2.", "3")],
     *[("Answer: B", "A"), ("The answer is not C.", "C"), ("#### odd", "even"), ("1 " + 200 * "no " + "so 2", "1")],
     *[("the answer: 42 or 43", "42"), ("42 or 43", "43"), ("$40=41=42$", "42"), ("42~43", "42"), ("42\u201343", "42")],
     *[

@@ -41,6 +41,9 @@ def last_line(completions, answer, **_):
     print("a user's print")
     return [1.0 * (t.strip().endswith(_gold(gold)) and t[:1].isalpha()) for t, gold in zip(completions, answer)]
 
+def tenths(completions, answer, **_):
+    return [sum([0.1] * 10) * (t.strip() == gold.strip()) for t, gold in zip(completions, answer)]
+
 def fragile(completions, answer, **_):
     return [float(text.split()[-1] == _gold(gold)) for text, gold in zip(completions, answer)]
 
@@ -157,6 +160,13 @@ def test_marks_for_what_is_wrong_are_problems(file):
     ]
     found = check("gsm8k_format", shaping=True)
     assert (found.problems, found.surprises) == ([], [])
+
+
+def test_full_marks_that_are_missed_by_rounding_are_full_marks(file):
+    assert sum([0.1] * 10) < 1.0
+    found = check(f"{file}:tenths")
+    assert kinds(found)["gold"] == 12
+    assert found.problems == []
 
 
 def test_scores_that_differ_are_told_apart_by_what_they_differ_with(file, monkeypatch):
