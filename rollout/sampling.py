@@ -107,6 +107,8 @@ class SamplingParams:
             raise ValueError(f"rollout.draft_tokens={self.draft_tokens}: use 0 (no drafts) or more")
         if self.accept not in ("exact", "margin"):
             raise ValueError(f"accept={self.accept!r}: use exact or margin")
+        if isinstance(self.stop_strings, str):  # whose letters would each end a completion
+            raise ValueError(f"stop={self.stop_strings!r}: give a list of texts")
         if "" in self.stop_strings:
             raise ValueError(f"stop={list(self.stop_strings)}: an empty text would end every completion; leave it out")
         if not self.margin >= 0:

@@ -19,12 +19,13 @@ class OpenEnv:
     done: bool = False  # whether the server has ended the episode; so no tool has this name
 
     def reset(self, **columns: object) -> None:
-        """Begin an episode, with the data's columns. Its seed is drawn from `random`: it follows the rollout's key."""
+        """Begin an episode, with the data's columns. Its seed is drawn from `random`: it follows the rollout's key. A
+        column `seed` of the data takes its place."""
         self._close()
         self._client = _client(self._url)
         self._client.connect()
         self._reward, self.done = 0.0, False
-        self._note(self._client.reset(seed=random.getrandbits(31), **columns))
+        self._note(self._client.reset(**{"seed": random.getrandbits(31)} | columns))
 
     def get_reward(self) -> float:
         """The sum of the rewards of all steps."""

@@ -254,6 +254,7 @@ BAD = [
     ({"accept": "greedy"}, "accept='greedy'.*exact or margin"),
     ({"margin": -1.0}, "margin=-1.0.*0 or more"),
     ({"stop_strings": ("a", "")}, "an empty text would end every completion"),
+    ({"stop_strings": "Question:"}, "give a list of texts"),
 ]
 
 

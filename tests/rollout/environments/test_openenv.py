@@ -39,7 +39,8 @@ def test_a_session_ends_with_its_episode(monkeypatch):
         def connect(self):
             pass
 
-        def reset(self, **_):
+        def reset(self, **columns):
+            self.columns = columns
             return SimpleNamespace(reward=None, done=False)
 
         def close(self):
@@ -49,7 +50,9 @@ def test_a_session_ends_with_its_episode(monkeypatch):
     monkeypatch.setattr(openenv, "_client", lambda url: clients.append(Client()) or clients[-1])
     episode = type("Maze", (openenv.OpenEnv,), {"_url": "http://127.0.0.1:1"})()
     episode.reset()
-    episode.reset()
+    episode.reset(seed=7, level="hard")  # data may have seeds of their own
+    assert clients[0].columns.keys() == {"seed"}
+    assert clients[1].columns == {"seed": 7, "level": "hard"}
     assert clients[0].closed.wait(10)
     assert not clients[1].closed.is_set()
     del episode
