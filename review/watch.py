@@ -392,7 +392,7 @@ def _hardware(device: Any) -> dict[str, Any]:
     import torch
 
     gpus = []
-    if torch.accelerator.is_available() and device.type == torch.accelerator.current_accelerator().type:
+    if torch.accelerator.is_available() and device.index is not None:  # a processor has none
         names = torch.get_device_module(device)
         gpus = [names.get_device_name(index) for index in range(torch.accelerator.device_count())]
     return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
