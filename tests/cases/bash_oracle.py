@@ -24,7 +24,7 @@ command_not_found_handle() { return 0; }
 STUB = """#!/bin/bash
 for word in "$@"; do
     case "$word" in
-        verl.trainer.main_ppo | recipe.dapo.main_dapo | dapo.main_dapo)
+        verl.trainer.main_ppo | recipe.dapo.main_dapo | dapo.main_dapo | *verl/trainer/main_ppo.py)
             [ -e "$WORDS_OF_STUB" ] || printf '%s\\0' "$@" > "$WORDS_OF_STUB"
             exit 0
             ;;
@@ -57,7 +57,7 @@ def words_of_bash(
     if not found.exists():
         return None
     words = found.read_text(encoding="utf-8").split("\0")[:-1]
-    at = next(number for number, word in enumerate(words) if word in PROGRAMS)
+    at = next(number for number, word in enumerate(words) if word in PROGRAMS or word.endswith("main_ppo.py"))
     return words[at + 1 :]
 
 

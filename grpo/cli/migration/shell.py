@@ -35,6 +35,7 @@ IMPORTS = re.compile(r"(?:\S*/)?python[\d.]* -c\s+import ([A-Za-z_]\w*)(?: as \w
 FAIL = {"CallExpr", "TestClause", "ArithmCmd"}  # under `set -e`
 GLOB = re.compile(r"[*?\[]")
 MOST_ROUNDS = 1000  # of a loop
+ENDLESS = {"true", ":", "[ 1 ]", "((1))", "[[ true ]]"}  # conditions of a loop that only `break` ends
 
 
 class Shell(Builtins):
@@ -66,8 +67,12 @@ class Shell(Builtins):
     def set(self, assignment: Node) -> None:
         name, array, source = assignment["Name"]["Value"], assignment.get("Array"), assignment["Text"]
         appends = assignment.get("Append")
-        if "Index" in assignment or (array is None and isinstance(self.variables.get(name), list)):
+        value = self.variables.get(name)
+        if "Index" in assignment or (array is None and isinstance(value, list | dict)):
             self._set_element(assignment)
+            return
+        if array is not None and isinstance(value, dict):
+            self._set_names(name, value if appends else {}, array)
             return
         if array is None:
             self.assigned = name
@@ -86,16 +91,29 @@ class Shell(Builtins):
             values = values + self.fields(element["Value"])
         self.assign(name, values)
 
+    def _set_names(self, name: str, before: dict[str, str], array: Node) -> None:
+        """Sets an array by names, `a=([x]=1 [y]=2)`."""
+        values = dict(before)
+        for element in array.get("Elems", []):
+            if "Index" not in element:
+                self.refuse(element["Text"])
+            values[self.text(element["Index"])] = self.text(element.get("Value"))
+        self.assign(name, values)
+
     def _set_element(self, assignment: Node) -> None:
-        """Sets an element of an array, such as `a[1]=x`. One of an array by names makes all of it unknown."""
-        name, values = assignment["Name"]["Value"], self.all(assignment["Name"]["Value"])
-        index = self.index(assignment) or "0"
-        if not all(map(is_known, values)):
-            return
-        if not index.isdigit() or int(index) > len(values) or assignment.get("Append") or "Array" in assignment:
-            self.refuse(assignment["Text"])
+        """Sets an element of an array, such as `a[1]=x`."""
+        name = assignment["Name"]["Value"]
+        index, by_name, values = self.index(assignment, name), self.variables.get(name), self.all(name)
         text = self.text(assignment.get("Value"))
-        self.assign(name, [*values[: int(index)], text, *values[int(index) + 1 :]])
+        if assignment.get("Append"):
+            text = f"{self.get(name, index) or ''}{text}"
+        if isinstance(by_name, dict):
+            self.assign(name, by_name | {index or "0": text})
+        elif all(map(is_known, values)):
+            number = int(index or 0) if re.fullmatch(r"\d*", index) else len(values) + 1
+            if number > len(values) or "Array" in assignment:
+                self.refuse(assignment["Text"])
+            self.assign(name, [*values[:number], text, *values[number + 1 :]])
 
     def substitute(self, node: Node) -> str:
         """Return the text that `$(...)` writes. A mark stands for text that only a program could write."""
@@ -229,6 +247,12 @@ class Shell(Builtins):
                 return
 
     def _whileclause(self, node: Node) -> None:
+        condition = " ".join(each["Text"].rstrip(" ;") for each in node["Cond"])
+        waited, self.waits = self.waits, self.waits or condition in ENDLESS
+        self._rounds(node)
+        self.waits = waited
+
+    def _rounds(self, node: Node) -> None:
         ends_with = bool(node.get("Until"))
         for _ in range(MOST_ROUNDS):
             try:
@@ -272,7 +296,7 @@ class Shell(Builtins):
             return
         name, items = loop["Name"]["Value"], [*self.arguments]
         if "Items" in loop:
-            items = [field for word in loop["Items"] for field in self.fields(word)]
+            items = [field for word in loop["Items"] for field in self.settled_fields(word)]
         self.status = True
         if any(not is_known(item) or GLOB.search(item) for item in items):
             self.assign(name, mark(" ".join(items), name))
@@ -316,13 +340,15 @@ class Shell(Builtins):
             return
         self.declare(kind, flags, [each for each in arguments if "Name" in each])
 
+    def settled_fields(self, word: Node) -> list[str]:
+        """The words that one word becomes, where what is not set counts as empty, and without quotes as nothing."""
+        fields = [(field, self.settled(field)) for field in self.fields(word)]
+        return [settled for field, settled in fields if settled or field == settled or '"' in word["Text"]]
+
     def _callexpr(self, node: Node) -> None:
         words: list[str] = []
         for word in node.get("Args", []):
-            fields = self.fields(word)
-            if words[:1] in (["["], ["test"]) and '"' not in word["Text"]:  # bash drops what is not set
-                fields = [each for each in fields if is_known(each) or self.settled(each)]
-            words += fields
+            words += self.settled_fields(word) if words[:1] in (["["], ["test"]) else self.fields(word)
         assignments = node.get("Assigns", [])
         shell = self
         if assignments and words[:1] == ["read"] and [each["Name"]["Value"] for each in assignments] == ["IFS"]:
@@ -344,7 +370,7 @@ class Shell(Builtins):
 
     def _call(self, words: list[str]) -> None:
         name, arguments = words[0], words[1:]
-        at = next((number for number, word in enumerate(words) if word in self.programs), 0)
+        at = next((number for number in range(1, len(words)) if self._is_program(words, number)), 0)
         if body := self.functions.get(name):
             self._call_function(body, arguments)
         elif name in ("command", "builtin", "exec", "nohup") and arguments and not arguments[0].startswith("-"):
@@ -355,7 +381,7 @@ class Shell(Builtins):
             if len(arguments) < LEAST.get(name, 0):
                 self.refuse()
             builtin(arguments)
-        elif at and words[at - 1] == "-m":
+        elif at:
             self._start(words[at + 1 :])
         elif name in REFUSED:
             self.refuse()
@@ -423,6 +449,13 @@ class Shell(Builtins):
         if at == 0 and all(word.startswith("-") for word in words[1:]) and not flags:
             text = self.input_text()
         return text if is_known(text) else ""
+
+    def _is_program(self, words: list[str], number: int) -> bool:
+        """Whether a word is one of the programs: a module after `-m`, or its file after a Python."""
+        if words[number - 1] == "-m":
+            return words[number] in self.programs
+        files = tuple(f"{program.replace('.', '/')}.py" for program in self.programs)
+        return words[number].endswith(files) and any("python" in word for word in words[:number])
 
     def _is_started(self, word: str) -> bool:
         """Whether a word has one of the programs in it, and not only one with a longer name."""

@@ -196,9 +196,9 @@ class Builtins(Conditions):
                 self.hidden[-1].setdefault(name, self.variables.get(name))
                 if "Naked" in each:
                     self.variables.pop(name, None)
-            if "A" in flags:  # an array by names
-                self.variables[name] = [mark(each["Text"], name)]
-            elif "Naked" not in each:
+            if "A" in flags and not isinstance(self.variables.get(name), dict):
+                self.variables[name] = dict[str, str]()
+            if "Naked" not in each:
                 self.set(each)
             if kind == "export" or "x" in flags:
                 self.exported = self.exported | {name}

@@ -85,9 +85,11 @@ class Conditions(Words):
         if self.commands:  # the first one is known, and that is what is asked for
             self.notes.update({note: None for shell in shells for note in shell.notes})
             raise Ended
-        if any(each[:1] != started[0][:1] for each in started):
+        first = next(each for each in started if each)
+        others = [each for each in started if each[:1] != first[:1]]
+        if any(others) or (others and not self.waits):  # a loop that waits begins again until it starts the command
             raise undecided
-        self.commands += started[0]
+        self.commands += first
         raise Ended
 
     def _merge(self, shells: list[Conditions], undecided: Undecided) -> None:
@@ -120,7 +122,7 @@ class Conditions(Words):
             return self.given[name]
         self.choices[undecided.source] = undecided
         unknown = mark(undecided.source, name, CHOICE)
-        return [unknown] if any(isinstance(value, list) for value in values) else unknown
+        return [unknown] if any(isinstance(value, list | dict) for value in values) else unknown
 
     # ---- tests
 

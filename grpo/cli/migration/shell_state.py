@@ -16,8 +16,8 @@ UNKNOWN, UNSET, SECRET, CHOICE = "?0*|"
 IS_SECRET = re.compile("KEY|TOKEN(?!S|_LEN)|SECRET|PASS")  # variables whose values are not written
 OF_MACHINE = {"HOSTNAME", "RANDOM", "SECONDS", "UID", "EUID", "OSTYPE"}
 DEEPEST = 50
-Value = str | list[str]
-"""A variable's: a text, or the elements of an array."""
+Value = str | list[str] | dict[str, str]
+"""A variable's: a text, or the elements of an array by number or by name."""
 
 
 def mark(source: str, name: str = "", kind: str = UNKNOWN) -> str:
@@ -114,6 +114,7 @@ class State:
         self.input: Node | None = None  # the here-document or the text that a command reads
         self.printed, self.source, self.line = "", "", 0
         self.fails_at_once = self.refuses_unset = self.misses_source = False
+        self.waits = False  # whether it is in a loop that only `break` ends
         self.has_substituted = False  # whether the status of an assignment is that of a substitution
         self.assigned = ""  # the variable whose value is being read
         self.asked: list[str] = []  # the variable whose value depends on a module
@@ -205,7 +206,7 @@ class State:
         if name in ("@", "*"):
             return self.arguments
         value = self.variables.get(name, [])
-        return [value] if isinstance(value, str) else value
+        return [value] if isinstance(value, str) else [*value.values()] if isinstance(value, dict) else value
 
     def get(self, name: str, index: str = "") -> str | None:
         """The value of a variable, an argument or an element; None if it is not set."""
@@ -221,7 +222,9 @@ class State:
             return dict(enumerate(self.arguments, 1)).get(int(name))
         if not name.isidentifier():
             return mark(f"${name}")
-        values = self.all(name)
+        values, by_name = self.all(name), self.variables.get(name)
+        if isinstance(by_name, dict):
+            return by_name.get(index)
         if not re.fullmatch(r"-?\d*", index):
             unknown = next((each for each in values if not is_known(each)), None)
             return self.refuse(f"{name}[{index}]") if unknown is None else unknown

@@ -82,6 +82,8 @@ class Sums(State):
         """The value of a number or a variable."""
         name = word["Text"]
         text = self.get(name) if name.isidentifier() else self.text(word)
+        if text is None and name == self.assigned:
+            return 0  # `n=$((n + 1))` begins at 0
         if text is None:
             raise NotKnown(name)
         if not is_known(text):

@@ -98,8 +98,10 @@ class Words(Sums):
             elif kind == "SglQuoted":
                 yield self._single(text, part) if part.get("Dollar") else text, "quoted"
             elif kind == "DblQuoted" and not part.get("Dollar"):
-                yield "", "quoted"
-                yield from self.pieces(part.get("Parts", []), quoted=True)
+                inside = list(self.pieces(part.get("Parts", []), quoted=True))
+                if inside or "Parts" not in part:  # else it is an array without elements, and no word
+                    yield "", "quoted"
+                yield from inside
             elif kind == "ParamExp":
                 yield from self._parameter(part, quoted)
             elif kind == "ArithmExp":
@@ -132,7 +134,7 @@ class Words(Sums):
     def _parameter(self, node: Node, quoted: bool) -> Iterator[Piece]:
         how = "quoted" if quoted else "split"
         name, operation = node["Param"]["Value"], node.get("Exp", {})
-        index = self.index(node)
+        index = self.index(node, name)
         sign = operation.get("Op", "")
         if node.keys() - PARAMETER or (sign and sign not in (*DEFAULTS, *CUTS, *LETTERS)):
             self.refuse(node["Text"])
@@ -150,11 +152,13 @@ class Words(Sums):
         else:
             yield self._value_of(name, index, node), how
 
-    def index(self, node: Node) -> str:
+    def index(self, node: Node, name: str) -> str:
         """The index of an element, with the value of its variable."""
         if "Index" not in node:
             return ""
         text = node["Index"]["Text"]
+        if isinstance(self.variables.get(name), dict) and node["Index"]["Type"] == "Word":
+            return self.text(node["Index"])
         if text in ("@", "*") or node["Index"]["Type"] != "Word":
             return text if text in ("@", "*") else self.computed(node["Index"], text)
         if text.isidentifier() and text in self.variables:
@@ -193,7 +197,8 @@ class Words(Sums):
         """The elements of an array, each of them changed as `${a[@]%.x}` and the like ask for."""
         values = self.all(name)
         if node.get("Excl"):
-            return [str(number) for number in range(len(values))]
+            by_name = self.variables.get(name)
+            return [*by_name] if isinstance(by_name, dict) else [str(number) for number in range(len(values))]
         if "Repl" in node or sign in LETTERS:
             self.refuse(node["Text"])
         if sign in DEFAULTS:

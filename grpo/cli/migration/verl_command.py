@@ -19,7 +19,7 @@ from yaml import YAMLError
 from grpo.cli.migration.hydra import OF_HYDRA, overrides, resolved, value_of
 from grpo.cli.migration.migration import Migration, Unsupported, carried, changes_training, relative
 from grpo.cli.migration.shell import Shell
-from grpo.cli.migration.shell_state import IS_SECRET, how_to_give, names_in, shown
+from grpo.cli.migration.shell_state import IS_SECRET, how_to_give, is_known, names_in, shown
 from grpo.config.loss import UNREAD
 from rewards.config.names import leaves, take_option, trainers
 from rewards.config.yaml_file import parse_yaml, to_yaml
@@ -155,7 +155,7 @@ def read_overrides(text: str, file: Path | None = None) -> Overrides:
     result = Overrides({}, {}, list(shell.notes))
     for each in overrides(words):
         name = shown(each.name)
-        shell.refuse_choice(name, each.name + each.text)
+        shell.refuse_choice(name if is_known(each.name) else "the command", each.name + each.text)
         result.unknown.pop(name, None)
         result.values.pop(name, None)
         if not each.is_known:

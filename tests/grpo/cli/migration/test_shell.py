@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,7 @@ PPO n=$1 "$@" "all=$*"
     "arrays": """
 ARGS=( a=1 "b=x y" )
 ARGS+=( c=3 )
+for x in "${EMPTY[@]}" "" "$NO" "$@"; do ARGS+=("count=$((${#ARGS[@]} + 1))"); done
 PPO "${ARGS[@]}" first=${ARGS[0]} "all=${ARGS[*]}" ${ARGS[@]} "${EMPTY[@]}"
 """,
     "texts": """
@@ -242,6 +244,26 @@ PPO a=1
 if [ ! -d / ]; then echo "no files" >&2; exit 1; fi
 cd / || exit 1
 PPO a=1
+""",
+    "arrays by names": """
+declare -A RATES=([small]=1e-5 ["a large one"]=1e-6) NONE
+RATES[mid]=2e-6; KIND=${KIND:-small}; RATES[mid]+=1
+key="a large one"
+for name in "${!RATES[@]}"; do count=$((count + 1)); done
+PPO lr=${RATES[${KIND:-small}]:-0} large=${RATES[$key]} mid=${RATES[mid]} n=${#RATES[@]} count=$count none=${#NONE[@]}
+""",
+    "a file of python": """
+python3 -u verl/trainer/main_ppo.py a=1 "$@"
+""",
+    "a node that waits": """
+while true; do
+    if ! all_nodes_of_nobody; then
+        sleep 1
+    else
+        PPO a=1
+        break
+    fi
+done
 """,
     "exec": """
 exec PPO a=1 "$@"
@@ -450,6 +472,52 @@ def test_nothing_of_a_script_is_run(script, tmp_path):
 def test_what_cannot_be_read_is_an_error_that_says_where(script, text, words):
     with pytest.raises(ValueError, match=f"(?s){words}"):
         read_overrides(script(text).read_text())
+
+
+WHOLE = Path(__file__).parents[3] / "cases/verl_scripts"
+CASES = [
+    ("arguments.sh", {}, []),
+    (
+        "arguments.sh",
+        {"GROUP": "4"},
+        ["--nodes", "2", "--model=/m/Qwen3-8B", "--run", "seed=1", "data.seed=3", "a=b c"],
+    ),
+    ("arguments.sh", {}, ["-m", "X", "--", "--odd", "data.seed=3"]),
+    ("arguments.sh", {}, ["--help"]),
+    ("arguments.sh", {}, ["--run", "nothing"]),
+    ("dapo.sh", {}, []),
+    ("dapo.sh", {"RAY_DATA_HOME": "/data", "MODEL_PATH": "x y"}, []),
+    ("nodes.sh", {}, []),
+    ("nodes.sh", {"GPUS": "4", "NNODES": "1", "WORK_DIR": "/tmp"}, ["trainer.total_epochs=2"]),
+    ("settings.sh", {}, []),
+    ("settings.sh", {"SIZE": "large", "BONUS": "0.5", "DEBUG": "1"}, ["trainer.total_epochs=2"]),
+    ("settings.sh", {"SIZE": "huge"}, []),
+    ("sweep.sh", {}, []),
+    ("sweep.sh", {"LENGTHS": "7 8 9"}, ["data.seed=3"]),
+]
+
+
+@BASH
+@pytest.mark.parametrize(("name", "environment", "arguments"), CASES)
+def test_a_whole_script_gives_the_options_that_bash_gives(script, tmp_path, monkeypatch, name, environment, arguments):
+    """All options as bash has them, and the same configuration as of the words that bash gives."""
+    path = WHOLE / name
+    words = words_of_bash(path, tmp_path, environment, arguments)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    command = shlex.join(["bash", str(path), *arguments])
+    if words is None:
+        with pytest.raises(ValueError, match="there is no command"):
+            read_overrides(command)
+        return
+    found = read_overrides(command)
+    assert not found.unknown
+    migration, expected = read_verl_command(command), read_verl_command(shlex.join([*PPO.split(), *words]))
+    assert migration.tree == expected.tree
+    assert migration.unsupported == expected.unsupported
+    assert found.values == read_overrides(shlex.join([*PPO.split(), *words])).values
+    again = [note for note in found.notes if "starts it again" in note]
+    assert len(again) == (name == "sweep.sh")
 
 
 def without_times(values: dict) -> set[str]:
