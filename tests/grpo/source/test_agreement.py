@@ -100,7 +100,11 @@ def test_no_slower_path_is_taken_without_its_reason():
     check_agreement(policy)
     assert policy.paths == Paths("apart", "alone")
     no_cache, no_padding, no_packing = policy.paths.slower
-    for reason, path in ((no_cache, "our cache"), (no_padding, "transformers' cache"), (no_packing, "a prompt is read")):
+    for reason, path in (
+        (no_cache, "our cache"),
+        (no_padding, "transformers' cache"),
+        (no_packing, "a prompt is read"),
+    ):
         assert reason.startswith(f"not {path!r}"[:-1])
         assert "log-probabilities differ from those of its own forward by" in reason
     assert all(reason in policy.paths.with_reasons for reason in policy.paths.slower)
