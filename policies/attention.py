@@ -102,6 +102,8 @@ class Packing:
     both_ways: bool = False
     window: int | None = None  # a token attends to so many of those before it, itself included, by their positions
     until: Tensor | None = None  # None: all branches go on from the prompt
+    given: Packing | None = field(default=None, repr=False)  # the same with tensors of the host, where a caller has it
+    placement: object = field(default=None, repr=False)  # see `Policy.placement`, where a caller has sent it
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
     _windows: dict[int, Packing] = field(default_factory=dict, repr=False)
 
@@ -120,6 +122,14 @@ class Packing:
         return self._windows[window]
 
     @cached_property
+    def on_host(self) -> Packing:
+        """The same with tensors of the host. A device is waited for where nobody has given them."""
+        if self.given is not None or self.segment.device.type == "cpu":
+            return self.given or self
+        segment, ends = torch.stack([self.segment, self.ends]).cpu()
+        return replace(self, segment=segment, until=ends, _masks={}, _windows={})
+
+    @cached_property
     def ends(self) -> Tensor:
         """[B, T] the last branch that goes on from that of each token."""
         if self.until is not None:
@@ -131,23 +141,29 @@ class Packing:
         """[B, T] the place of a token among those that are read up to it."""
         number, ends = self.segment.clamp(min=0), self.ends[:, None]
         place = torch.arange(number.shape[1], device=number.device).expand_as(number)
-        branches = torch.arange(int(number.max()) + 1, device=number.device)[:, None]
+        count = int(self.on_host.segment.max().clamp(min=0)) + 1
+        branches = torch.arange(count, device=number.device)[:, None]
         begins = place.new_full((len(number), len(branches)), number.shape[1])
         begins = begins.scatter_reduce(1, number, place, "amin")
         above = (self.segment[:, None] >= 0) & (self.segment[:, None] < branches) & (branches <= ends)
         return place - begins.gather(1, number) + above.sum(2).gather(1, number)
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that are read up to one of them, itself included."""
+        return int(self.positions.where(self.segment >= 0, -1).max()) + 1
+
     @cached_property
     def blocks(self) -> list[Block]:
         """The blocks of the kernel on a CPU. Every token is a query of one block or of two, and padding of none."""
         blocks: list[Block] = []
-        for row, numbers in enumerate(self.segment.tolist()):
-            blocks += self._row(row, numbers)
+        for row, numbers in enumerate(self.on_host.segment.tolist()):
+            blocks += self._row(row, numbers, self.on_host.ends[row].tolist())
         return blocks
 
-    def _row(self, row: int, numbers: list[int]) -> Iterator[Block]:
+    def _row(self, row: int, numbers: list[int], ends: list[int]) -> Iterator[Block]:
         length = max((n for n, number in enumerate(numbers, start=1) if number >= 0), default=0)
-        start, ends = 0, self.ends[row].tolist()
+        start = 0
         for number, run in groupby(numbers):
             stop = start + len(list(run))
             if number >= 0:
@@ -172,7 +188,8 @@ class Packing:
         """The same packing with so much padding that flex attention is compiled for few lengths."""
         more = length_of(self.shape[1]) - self.shape[1]
         segment, until = (F.pad(of_token, (0, more), value=-1) for of_token in (self.segment, self.ends))
-        return replace(self, segment=segment, until=until, _masks={}, _windows={})
+        given = None if self.given is None else self.given.padded
+        return replace(self, segment=segment, until=until, given=given, _masks={}, _windows={})
 
     @cached_property
     def tiles(self) -> BlockMask:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,33 @@ def has_float64(device: torch.device) -> bool:
 def wide(tensor: Tensor) -> Tensor:
     """Gives the tensor in float64, on the CPU where its device has none."""
     return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
+
+
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Sends tensors of the host to a device in one copy, since each one waits for it."""
+    if device.type == "cpu":
+        return list(tensors)
+    return _in_one(tensors, device)
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Brings tensors of one device to the host in one copy, since each one waits for it."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return [tensor.detach() for tensor in tensors]
+    return _in_one([tensor.detach() for tensor in tensors], torch.device("cpu"))
+
+
+def _in_one(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Those with wide entries come first, so that each begins at a multiple of its width."""
+    if len(tensors) == 1:
+        return [tensors[0].to(device)]
+    order = sorted(range(len(tensors)), key=lambda number: -tensors[number].itemsize)
+    whole = torch.cat([tensors[number].contiguous().flatten().view(torch.uint8) for number in order]).to(device)
+    parts = whole.split([tensors[number].numel() * tensors[number].itemsize for number in order])
+    copies: dict[int, Tensor] = {}
+    for number, part in zip(order, parts, strict=True):
+        copies[number] = part.view(tensors[number].dtype).view(tensors[number].shape)
+    return [copies[number] for number in range(len(tensors))]
 
 
 def wait_for(device: torch.device) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from policies.attention import Packing
+from policies.devices import send
 
 UPDATES = {"update_conv_state", "update_recurrent_state"}  # what a mixer calls of transformers' caches
 
@@ -84,10 +85,10 @@ def _forward(forward: Callable[..., Any], *inputs: object, packing: Packing | No
             return states.read(forward, inputs, options)
         return forward(*inputs, **options)
     options |= dict.fromkeys(options.keys() & {"attention_mask"})
-    parts, order_BT = _parts(packing)
+    placement = packing.placement if isinstance(packing.placement, Parts) else _sent(packing)
     outputs: list[Tensor] = []
     after: list[States] = []
-    for part in parts:
+    for part in placement.parts:
         states = States()
         if part.before is not None:
             states.tensors = after[part.before].tensors
@@ -96,7 +97,7 @@ def _forward(forward: Callable[..., Any], *inputs: object, packing: Packing | No
             of_part, options_of_part = placed((inputs, options), packing.segment.shape, part.places)
             outputs.append(forward(*of_part, **options_of_part | {"cache": states}).flatten(0, 1))
         after.append(states)
-    return torch.cat(outputs)[order_BT]
+    return torch.cat(outputs)[placement.order_BT]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,24 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The parts of rows in the order in which they are read, and where each token [B, T] stands among all these."""
+
+    parts: Sequence[Part]
+    order_BT: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*(part.places for part in self.parts), *(part.rows for part in self.parts), self.order_BT]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Parts:
+        """The same with other tensors, such as copies on a device."""
+        *of_parts, order_BT = tensors
+        each = zip(self.parts, of_parts, of_parts[len(self.parts) :], strict=False)
+        return Parts([Part(places, part.before, rows) for part, places, rows in each], order_BT)
+
+
+@dataclass(frozen=True)
 class Branch:
     """The numbers of its tokens, and the branches that go on from it."""
 
@@ -118,11 +137,16 @@ class Branch:
 
 
 @lru_cache(maxsize=1)  # for all layers
-def _parts(packing: Packing) -> tuple[list[Part], Tensor]:
+def _sent(packing: Packing) -> Parts:
+    parts = parts_of(packing.on_host)
+    return parts.with_tensors(send(parts.tensors, packing.segment.device))
+
+
+def parts_of(packing: Packing) -> Parts:
     """Branches that others go on from by their lengths, since padding would change what they leave, and together all
-    that end a row. At last where each token [B, T] stands among all these."""
-    segment = packing.segment
-    number = torch.arange(segment.numel(), device=segment.device).view_as(segment)
+    that end a row. The tensors of `packing` are the host's."""
+    segment, ends = packing.segment, packing.ends
+    number = torch.arange(segment.numel()).view_as(segment)
     two = number.new_full((2,), -1)  # mixers take a single token for a step of decoding, which writes in place
     parts: list[Part] = []
 
@@ -130,21 +154,21 @@ def _parts(packing: Packing) -> tuple[list[Part], Tensor]:
         """Adds these branches, with their rows of the part before them, and all that comes after them."""
         alike: dict[int, list[tuple[int, Branch]]] = defaultdict(list)
         for row, branch in branches:
-            ends = before is not None and not branch.after
-            alike[-1 if ends else len(branch.places)].append((row, branch))
+            ended = before is not None and not branch.after
+            alike[-1 if ended else len(branch.places)].append((row, branch))
         for length, these in sorted(alike.items(), key=lambda item: item[0]):
             places = [branch.places for _, branch in these] + ([two] if length < 0 else [])
             places_RL = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)[: len(these)]
-            parts.append(Part(places_RL, before, torch.tensor([row for row, _ in these], device=segment.device)))
+            parts.append(Part(places_RL, before, torch.tensor([row for row, _ in these])))
             ahead = [(row, one) for row, (_, branch) in enumerate(these) for one in branch.after]
             if ahead:
                 read(ahead, len(parts) - 1)
 
-    read(list(enumerate(map(_first_branch, segment, packing.ends, number))), None)
+    read(list(enumerate(map(_first_branch, segment, ends, number))), None)
     places = torch.cat([part.places.flatten() for part in parts])
     real = (places >= 0).nonzero()[:, 0]
     order = torch.zeros_like(number).flatten().index_put((places[real],), real)
-    return parts, order.view_as(number)
+    return Parts(parts, order.view_as(number))
 
 
 def _first_branch(segment_T: Tensor, ends_T: Tensor, number_T: Tensor) -> Branch:

@@ -26,8 +26,10 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from policies import checkpoint, lora, mixers, sharding
+from policies.alone import Alone, alone
 from policies.attention import ATTENTION, PROMPT_ATTENTION, Packing, sees_prompts_whole
 from policies.checkpoint import Checkpoint, read_config, read_tokenizer
+from policies.devices import send
 from policies.layout import FIXED_FIELDS, PolicyError, auto_class, rotations
 from policies.lm_head import LMHead, last_states, scale_and_cap
 from policies.mtp import MTPHead, cast_in_place
@@ -40,6 +42,7 @@ __all__ = ["Policy", "PolicyError", "checkpoint_layers", "checksum", "read_confi
 
 
 BOUNDLESS = 1 << 20  # tokens
+Placement = Alone | mixers.Parts | None
 LIMITS = ("max_position_embeddings", "max_seq_len", "context_length", "index_topk")
 
 
@@ -146,14 +149,25 @@ class Policy(nn.Module):
         return packed and not sees_prompts_whole(self.config) and not has_indexer(self.config)
 
     def hidden(
-        self, token_ids_BT: Tensor, position_ids_BT: Tensor, segment_BT: Tensor, until_BT: Tensor | None = None
+        self,
+        token_ids_BT: Tensor,
+        position_ids_BT: Tensor,
+        segment_BT: Tensor,
+        until_BT: Tensor | None = None,
+        on_host: tuple[Tensor, Tensor] | None = None,
+        placement: Placement = None,
     ) -> Tensor:
         """Final hidden states [B, T, D] of packed rows. `segment_BT` is 0 in a prompt, 1 … G in its completions and
-        below 0 in padding; ones alone are ordinary causal rows. See `Packing` for trees, and what attends to what."""
-        leaves_out = has_indexer(self.config) and int(position_ids_BT.max()) >= self.max_length
-        if self.paths.rows == "alone" or leaves_out:
-            return self._hidden_alone(token_ids_BT, segment_BT)
-        packing = Packing(segment_BT, both_ways=sees_prompts_whole(self.config), until=until_BT)
+        below 0 in padding; ones alone are ordinary causal rows. See `Packing` for trees, and what attends to what.
+
+        A device is waited for where a caller does not have what some models need: `on_host`, `segment_BT` and
+        `until_BT` in the host's memory, and the `placement` that follows from these, on the device.
+        """
+        given = None if on_host is None else Packing(on_host[0], until=on_host[1])
+        both_ways = sees_prompts_whole(self.config)
+        packing = Packing(segment_BT, both_ways=both_ways, until=until_BT, given=given, placement=placement)
+        if self._reads_alone(packing):
+            return self._hidden_alone(token_ids_BT, packing)
         return sharding.decoder(self.trunk)(
             input_ids=token_ids_BT,
             position_ids=position_ids_BT,
@@ -161,6 +175,19 @@ class Policy(nn.Module):
             use_cache=False,
             packing=packing,
         ).last_hidden_state
+
+    def placement(self, on_host: tuple[Tensor, Tensor]) -> Placement:
+        """Where tokens stand in the rows that this policy reads in place of packed ones, in the host's memory; None
+        where it reads these. It is sent with a micro-batch, so that no forward waits for it."""
+        packing = Packing(on_host[0], until=on_host[1])
+        if self._reads_alone(packing):
+            return alone(packing.segment)
+        return mixers.parts_of(packing) if self.recurrent else None
+
+    def _reads_alone(self, packing: Packing) -> bool:
+        """Whether every completion is read with its prompt: also where an indexer would leave out a token."""
+        leaves_out = has_indexer(self.config) and packing.on_host.longest > self.max_length
+        return self.paths.rows == "alone" or leaves_out
 
     def _mask(self, packing: Packing) -> Tensor | dict[str, Tensor | None] | None:
         """The mask of packed rows: one for each kind of layer where some have none, or where a model attends by itself
@@ -175,22 +202,17 @@ class Policy(nn.Module):
             return {"full_attention": mask, "sliding_attention": of_window, "linear_attention": None, "conv": None}
         return of_window
 
-    def _hidden_alone(self, token_ids_BT: Tensor, segment_BT: Tensor) -> Tensor:
+    def _hidden_alone(self, token_ids_BT: Tensor, packing: Packing) -> Tensor:
         """Reads each completion with its prompt in a row of its own, by the model's own masks and positions, and gives
         the same as `hidden`. What comes after a row is padding, which a causal model does not see."""
-        rows, places = [], []
-        for b, segment in enumerate(segment_BT):
-            for number in range(1, max(int(segment.max()), 1) + 1):
-                prompt, completion = (segment == 0).nonzero()[:, 0], (segment == number).nonzero()[:, 0]
-                places.append((b, torch.cat([prompt, completion]), len(prompt) if number > 1 else 0))
-                rows.append(token_ids_BT[b, places[-1][1]])
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        placement = packing.placement
+        if not isinstance(placement, Alone):
+            placement = alone(packing.on_host.segment)
+            placement = placement.with_tensors(send(placement.tensors, token_ids_BT.device))
         self.config._attn_implementation = self.own_attention  # for good: checkpoints are read again in backward passes
+        token_ids = placement.rows(token_ids_BT)
         hidden, _ = last_states(self.trunk, self.paths.states, input_ids=token_ids, use_cache=False)
-        packed = hidden.new_zeros(*token_ids_BT.shape, hidden.shape[-1])
-        where = [(torch.full_like(at[start:], b), at[start:]) for b, at, start in places]
-        values = [hidden[i, start : len(at)] for i, (_, at, start) in enumerate(places)]
-        return packed.index_put(tuple(torch.cat(parts) for parts in zip(*where, strict=True)), torch.cat(values))
+        return placement.packed(hidden, token_ids_BT.shape)
 
     def unroll(
         self,

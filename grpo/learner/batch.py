@@ -10,16 +10,19 @@ Axes: B trees, T tokens of a tree, C completions of the micro-batch, L completio
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.learner.row import PackedRow, Sample
 from grpo.learner.tree import BEGINS, READ, Tree
+from policies.devices import send
+from policies.policy import Placement, Policy
 
 if TYPE_CHECKING:
     from grpo.algorithm.dynamic_sampling import Drawn
@@ -88,6 +91,8 @@ class MicroBatch:
     trees: Sequence[int]  # the tree in which each of them stands
     beginnings: Sequence[int]  # how many tokens the first branch of each tree has
     routing: Tensor | None = None  # [B, T, routers, k] what the sampler's routers chose, -1 where it did not say
+    on_host: tuple[Tensor, Tensor] | None = None  # `segment` and `until` in the host's memory
+    placement: Placement = None  # of the policy that learns; see `Policy.placement`
     counts: bool = True  # False: it only keeps other ranks company, which have one micro-batch more
 
     @property
@@ -99,6 +104,11 @@ class MicroBatch:
     def samples(self) -> list[Sample]:
         """The C completions, row by row."""
         return list(chain.from_iterable(row.samples for row in self.rows))
+
+    @property
+    def laid(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Placement]:
+        """What `Policy.hidden` reads."""
+        return self.token_ids, self.position_ids, self.segment, self.until, self.on_host, self.placement
 
     @property
     def scored(self) -> Tensor:
@@ -189,6 +199,11 @@ def cut(rows: Sequence[Any], max_tokens: int) -> Iterator[Sequence[Any]]:
 
 def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) -> MicroBatch:
     """Makes a micro-batch of these rows or trees, on the host, and sends it to the device at once."""
+    return sent([lay_out(rows)], device)[0]
+
+
+def lay_out(rows: Sequence[PackedRow] | Sequence[Tree]) -> MicroBatch:
+    """Makes a micro-batch of these rows or trees in the host's memory."""
     trees = [row if isinstance(row, Tree) else Tree([row]) for row in rows]
     shape = len(trees), max(tree.length for tree in trees)
     token_ids, position_ids, before = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
@@ -211,13 +226,13 @@ def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) ->
         advantages = _padded([sample.token_advantages for sample in samples], mask.shape[1])
     else:
         advantages = torch.tensor([sample.advantage for sample in samples])
-    places, cells = ((of.flatten() > 0).nonzero()[:, 0] for of in (turn, mask))
+    places, cells = (torch.from_numpy(np.flatnonzero(of.numpy() > 0)) for of in (turn, mask))
     stand, of_rows = [], []
     for b, tree in enumerate(trees):
         of_rows += [b] * len(tree.rows)
         for _, of_samples in tree.places():
             stand += [b * shape[1] + at for at in of_samples]
-    sampled = nn.utils.rnn.pad_sequence(stand, batch_first=True)[mask]
+    sampled = nn.utils.rnn.pad_sequence(stand, batch_first=True).flatten()[cells]
     tensors = {
         "token_ids": token_ids,
         "position_ids": position_ids,
@@ -233,17 +248,28 @@ def collate(rows: Sequence[PackedRow] | Sequence[Tree], device: torch.device) ->
         "mask": mask,
         "loss_mask": mask & torch.tensor([[sample.in_loss] for sample in samples]),
     }
-    routing = _routing(trees, shape)
-    sent = _sent(tensors if routing is None else {"routing": routing} | tensors, device)
     beginnings = [len(tree.root.after[0].token_ids) for tree in trees]
-    return MicroBatch(rows=packed, trees=of_rows, beginnings=beginnings, **sent)
+    routing = _routing(trees, shape)
+    return MicroBatch(rows=packed, trees=of_rows, beginnings=beginnings, routing=routing, **tensors)
 
 
-def _sent(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Sends tensors to a device in one copy. Those with wide entries come first, so that each begins at a multiple."""
-    parts = torch.cat([x.flatten().view(torch.uint8) for x in tensors.values()]).to(device)
-    parts = parts.split([x.numel() * x.itemsize for x in tensors.values()])
-    return {name: part.view(x.dtype).view(x.shape) for (name, x), part in zip(tensors.items(), parts, strict=True)}
+def sent(minis: Sequence[MicroBatch], device: torch.device, policy: Policy | None = None) -> list[MicroBatch]:
+    """Sends micro-batches that were laid out on the host to a device, all in one copy, with the placement that the
+    `policy` has for them."""
+    on_host = [(mini.segment, mini.until) for mini in minis]
+    placements = [policy.placement(pair) if policy else None for pair in on_host]
+    tensors: list[Tensor] = []
+    names: list[list[str]] = []
+    for mini, found in zip(minis, placements, strict=True):
+        names.append([name for name, value in vars(mini).items() if isinstance(value, Tensor)])
+        tensors += [getattr(mini, name) for name in names[-1]]
+        tensors += found.tensors if found else ()
+    copies, result = iter(send(tensors, device)), []
+    for mini, of_mini, pair, found in zip(minis, names, on_host, placements, strict=True):
+        there: dict[str, Any] = {name: next(copies) for name in of_mini}
+        there["placement"] = found.with_tensors([next(copies) for _ in found.tensors]) if found else None
+        result.append(replace(mini, on_host=pair, **there))
+    return result
 
 
 def _padded(per_token: Sequence[Sequence[float]], longest: int) -> Tensor:

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from grpo.config.learner import LearnerOptions
 from grpo.config.loss import LossOptions
 from grpo.learner import state as learner_state
-from grpo.learner.batch import MicroBatch, TrainingBatch, by_completion, collate, cut, micro_batches
-from grpo.learner.likelihood import Likelihood
+from grpo.learner.batch import MicroBatch, TrainingBatch, by_completion, cut, lay_out, sent
+from grpo.learner.likelihood import Likelihood, approx_kl, probes
 from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import freeze_exact_parts, groups_of
 from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.learner.prepare import Advantages, check_groups, estimate, pack
 from grpo.learner.row import PackedRow
-from grpo.learner.terms.term import Term, Work, read
+from grpo.learner.terms.term import Later, Term, Work, read, read_ends
 from grpo.learner.tree import Tree, forest
 from grpo.learner.update import Update
 from policies.policy import Policy, checkpoint_layers
@@ -169,7 +169,8 @@ class Learner:
             return metrics | {"learner/updates": 0.0, "time/learn": batch.seconds + time.perf_counter() - started}
         if not self.waiting:
             self.update.zero()  # what the last update has left
-        work.minis = work.minis or list(self._shared(work.rows))
+        if not work.minis:
+            self._lay_out(work)
         try:
             for term in work.terms:
                 term.before_update(work)
@@ -253,23 +254,33 @@ class Learner:
         if not works:
             return {}
         started = time.perf_counter()
-        metrics, moved = {}, []
-        for work in works:
-            if work.batch.from_rollouts:
-                before = self.keep_logprobs(work)
-                moved.append(self.likelihood.moved(work.rows, before, work.temperature))
-        if moved:
-            metrics["policy/approx_kl"] = fmean(moved)
+        of_rollouts = [work for work in works if work.batch.from_rollouts]
+        ends: list[dict[str, float] | Later] = [self._moved(of_rollouts)] if of_rollouts else []
         works_of: dict[int, tuple[Term, list[Work]]] = {}
         for work in works:
             for term in work.terms:
                 works_of.setdefault(id(term), (term, []))[1].append(work)
-        for term, of_term in works_of.values():
-            metrics |= term.end(of_term)
+        ends += [term.end(of_term) for term, of_term in works_of.values()]
+        metrics = read_ends(ends)
         for work in works:
-            work.minis = ()  # they are made again where the same batch goes on
+            work.minis = work.probes = ()  # they are made again where the same batch goes on
         works[-1].seconds += time.perf_counter() - started
         return metrics | {"time/learn": sum(work.batch.seconds + work.seconds for work in works)}
+
+    def _moved(self, works: Sequence[Work]) -> Later:
+        """How far the updates have moved the policy: some of the samples are read again."""
+        before, now = [], []
+        for work in works:
+            before.append(self.keep_logprobs(work))
+            now.append(self.likelihood.again(work.probes, work.temperature))
+        samples = [[mini.samples[0] for mini in work.probes] for work in works]
+
+        def of(logprobs: Sequence[Tensor]) -> dict[str, float]:
+            left = iter(logprobs)
+            each = [approx_kl(own, was, [next(left) for _ in own]) for own, was in zip(samples, before, strict=True)]
+            return {"policy/approx_kl": fmean(each)}
+
+        return Later(list(chain.from_iterable(now)), of)
 
     def keep_logprobs(self, work: Work) -> dict[tuple[int, int], list[float]]:
         """Put together what all ranks have read of a batch before its first update, for the record of its step."""
@@ -315,7 +326,7 @@ class Learner:
 
     def _work(self, batch: TrainingBatch, terms: Sequence[Term], loss: object = None) -> Work:
         own = replace(batch, works=[])  # so that a batch and its works do not keep each other in memory
-        parts = self.likelihood, self.ranks, terms, self._shared, batch.rows
+        parts = self.likelihood, self.ranks, terms, self._cut, batch.rows
         return Work(own, *parts, loss, version=self.policy_version)
 
     def _rows_that_count(self, work: Work) -> list[PackedRow]:
@@ -334,16 +345,27 @@ class Learner:
         self.update.zero()
         self.waiting = []
 
+    def _lay_out(self, work: Work) -> None:
+        """Make the micro-batches of this rank and the probes of a batch, and send them to the device at once."""
+        minis = list(self._shared(work.rows))
+        again = [lay_out([row]) for row in probes(work.rows)] if work.batch.from_rollouts else []
+        there = sent([*minis, *again], self.policy.device, self.policy)
+        work.minis, work.probes = there[: len(minis)], there[len(minis) :]
+
+    def _cut(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
+        """The micro-batches of this rank on its device, one after the other."""
+        return (sent([mini], self.policy.device, self.policy)[0] for mini in self._shared(rows))
+
     def _shared(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
-        """The micro-batches of this rank. All ranks gather weights together, so one that has fewer than another gets
-        some that count nothing."""
+        """The micro-batches of this rank in the host's memory. All ranks gather weights together, so one that has fewer
+        than another gets some that count nothing."""
         most, ranks = self.options.tokens_per_micro_batch, self.ranks
         shared = [self._trees(rows, reader) for reader in range(ranks.readers)]
-        numbers = [len(list(cut(trees, most))) for trees in shared]
-        yield from micro_batches(shared[ranks.reader], most, self.policy.device)
-        for _ in range(max(numbers) - numbers[ranks.reader]):
+        parts = [list(cut(trees, most)) for trees in shared]
+        yield from map(lay_out, parts[ranks.reader])
+        for _ in range(max(map(len, parts)) - len(parts[ranks.reader])):
             shortest = min(rows, key=lambda row: row.length)
-            yield replace(collate([shortest], self.policy.device), counts=False)
+            yield replace(lay_out([shortest]), counts=False)
 
     def _trees(self, rows: Sequence[PackedRow], reader: int) -> Sequence[PackedRow] | Sequence[Tree]:
         """The rows of a reader; those that begin alike as trees. What belongs to one group is read by one reader."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo.learner.batch import MicroBatch, collate
 from grpo.learner.row import PackedRow, Sample
+from policies.devices import fetch
 from policies.logprobs import logprobs_from_hidden
 from policies.lora import adapter_off
 from policies.policy import Policy
@@ -76,7 +77,8 @@ class Likelihood:
 
     def preceding(self, mini: MicroBatch, policy: Policy | None = None) -> Tensor:
         """Gives the hidden state that predicts each token [B, T, D]."""
-        hidden = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.segment, mini.until)
+        policy = policy or self.policy
+        hidden = policy.hidden(*mini.laid)
         return hidden.gather(1, mini.before[..., None].expand_as(hidden))
 
     @torch.no_grad()
@@ -96,34 +98,51 @@ class Likelihood:
         return RoutingReplay([policy.trunk for policy in policies], mini.routing)
 
     @torch.no_grad()
+    def again(self, minis: Sequence[MicroBatch], temperature: float | None = None) -> list[Tensor]:
+        """Log-probabilities [1, L] of the only sample of each micro-batch, see `probes`. Every rank that shares the
+        policy must ask for the same samples."""
+        read = []
+        for mini in minis:
+            with self.replaying(mini):
+                read.append(self.forward(mini, temperature=temperature).logprobs)
+        return read
+
     def moved(
         self,
         rows: Sequence[PackedRow],
         before: Mapping[tuple[int, int], Sequence[float]],
         temperature: float | None = None,
     ) -> float:
-        """KL(before ‖ now) of the policy in nats per token: the mean of r - 1 - log r over tokens that it sampled, with
-        r the ratio of their probabilities now and before (Schulman's k3).
+        """How far the policy is from what it was `before`, by the `probes` of these rows, see `approx_kl`."""
+        minis = [collate([row], self.policy.device) for row in probes(rows)]
+        now = fetch(self.again(minis, temperature))
+        return approx_kl([mini.samples[0] for mini in minis], before, now)
 
-        The tokens are those of one completion from each of the first GROUPS_READ groups that teach something, since
-        completions of one group differ much less than groups do; its advantage is not zero. Where no group teaches,
-        they are of the first groups. `before` are log-probabilities by `Sample.index` and `start`. Every
-        rank that shares the policy must ask for the same rows.
-        """
-        read: dict[int, PackedRow] = {}
-        for row in [row for row in rows if not row.tied] or rows:
-            sample = next((sample for sample in row.samples if not sample.tied), row.samples[0])
-            read.setdefault(row.group, replace(row, samples=[sample]))
-        total, tokens = 0.0, 0
-        for row in list(read.values())[:GROUPS_READ]:
-            mini = collate([row], self.policy.device)
-            with self.replaying(mini):
-                now = self.forward(mini, temperature=temperature).logprobs
-            [sample] = row.samples
-            log_ratio = (now - mini.padded([before[sample.index, sample.start]]))[mini.mask]
-            total += (log_ratio.expm1() - log_ratio).sum().item()
-            tokens += sample.num_sampled
-        return total / tokens
+
+def probes(rows: Sequence[PackedRow]) -> list[PackedRow]:
+    """One completion from each of the first GROUPS_READ groups that teach something, since completions of one group
+    differ much less than groups do; its advantage is not zero. Where no group teaches, they are of the first groups."""
+    chosen: dict[int, PackedRow] = {}
+    for row in [row for row in rows if not row.tied] or rows:
+        sample = next((sample for sample in row.samples if not sample.tied), row.samples[0])
+        chosen.setdefault(row.group, replace(row, samples=[sample]))
+    return list(chosen.values())[:GROUPS_READ]
+
+
+def approx_kl(
+    samples: Sequence[Sample], before: Mapping[tuple[int, int], Sequence[float]], now: Sequence[Tensor]
+) -> float:
+    """KL(before ‖ now) of the policy in nats per token: the mean of r - 1 - log r over tokens that it sampled, with r
+    the ratio of their probabilities now and before (Schulman's k3). `now` has log-probabilities [1, L] of each sample
+    in the host's memory, `before` those of all by `Sample.index` and `start`."""
+    total, tokens = 0.0, 0
+    for sample, logprobs in zip(samples, now, strict=True):
+        was = torch.tensor(before[sample.index, sample.start])
+        sampled = torch.tensor(sample.sampled or [True] * len(was))
+        log_ratio = (logprobs[0] - was)[sampled]
+        total += (log_ratio.expm1() - log_ratio).sum().item()
+        tokens += sample.num_sampled
+    return total / tokens
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from grpo.learner.master_weights import MasterWeights
 from grpo.learner.optimizer import by_mesh, norm_of
 from grpo.learner.parallel import Ranks
 from grpo.run.memory_errors import phase
+from policies.devices import fetch
 
 
 class NonFiniteStep(RuntimeError):
@@ -66,7 +67,8 @@ class Update:
         moved.
         """
         ranks.average_gradients(self._moved())
-        norms = {name: self._clip(module) for name, module in modules.items()}
+        read = fetch([self._clip(module) for module in modules.values()])
+        norms = {name: norm.item() for name, norm in zip(modules, read, strict=True)}
         if not math.isfinite(sum(norms.values())):
             self.zero()
             trunk, *others = norms
@@ -89,13 +91,13 @@ class Update:
         """The tensors that the optimizer moves."""
         return chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
 
-    def _clip(self, module: nn.Module) -> float:
+    def _clip(self, module: nn.Module) -> Tensor:
         """Clip the gradient of what the optimizer moves in place of a module's parameters; returns its norm before."""
         moved = [self.masters.of(parameter) for parameter in module.parameters()]
         gradients = [tensor.grad for tensor in moved if tensor.grad is not None]
         # Every rank can have the whole of a gradient where it has a part of the parameter.
         norms = [norm_of(part) for part in by_mesh(gradients)]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=moved[0].device)
         for part in by_mesh(moved):  # torch computes only with what is sharded alike
             nn.utils.clip_grads_with_norm_(part, self.options.max_grad_norm, norm)
-        return norm.item()
+        return norm

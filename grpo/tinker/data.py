@@ -86,7 +86,8 @@ class States(Likelihood):
 
     def forward(self, mini: MicroBatch, policy: Policy | None = None, temperature: float | None = None) -> Forward:
         """`preceding` has the hidden state of each token [B, T, D], which predicts its targets."""
-        states = (policy or self.policy).hidden(mini.token_ids, mini.position_ids, mini.segment, mini.until)
+        policy = policy or self.policy
+        states = policy.hidden(*mini.laid)
         nothing = states.new_zeros(mini.mask.shape)
         return Forward(nothing, nothing, states)
 

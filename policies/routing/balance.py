@@ -73,7 +73,7 @@ def sequence_loss(router_logits_NE: Tensor, sequence_N: Tensor, sequences: int, 
     chosen = torch.zeros_like(shares).scatter_(1, router_logits_NE.topk(top_k, dim=-1).indices, experts / top_k)
     sums = shares.new_zeros(2, sequences, experts)
     sums = sums.index_add(1, sequence_N, torch.stack([chosen, shares]))
-    lengths = torch.bincount(sequence_N, minlength=sequences).clamp(min=1)
+    lengths = sequence_N.new_zeros(sequences).index_add_(0, sequence_N, torch.ones_like(sequence_N)).clamp(min=1)
     return (sums[0] * sums[1]).sum(-1) / lengths**2
 
 

@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class StockPrompts:
 
     def read(self, trunk: StockTrunk, token_ids_PT: Tensor) -> Tensor:
         self.token_ids_PT = token_ids_PT
-        self.parts, hidden_PTD = _read_alone(trunk, token_ids_PT, self.lengths_P)
+        self.parts, hidden_PTD = _read_alone(trunk, token_ids_PT, self.lengths_P.tolist())
         return hidden_PTD
 
     def advance(self, lengths_P: Tensor) -> None:
@@ -119,21 +120,25 @@ class StockRows:
         """With `unread_R` the next forward is of rows that `take` has taken, and of so many tokens of each."""
         self.sampler, self.token_ids_RT, self.lengths_R, self.unread_R = sampler, token_ids_RT, lengths_R, unread_R
         self.parts = self._parts(parts)
+        self.known: list[int] | None = None  # `sizes`, where the host knows them
 
     def _parts(self, parts: Sequence[Part]) -> list[Part]:
         joins = self.sampler == "joined" and len(parts) > 1 and _can_join(parts)
         return _trimmed([_joined(parts)] if joins else parts)
 
     def read(self, trunk: StockTrunk, token_ids_RS: Tensor) -> Tensor:
-        rows = torch.arange(len(self.lengths_R), device=self.lengths_R.device)[:, None]
-        columns = self.lengths_R[:, None] + torch.arange(token_ids_RS.shape[1], device=rows.device)
-        # What the host has to know of the rows is read in one copy.
-        last, *pads = torch.stack([columns.max(), *(part.pads_R.min() for part in self.parts)]).tolist()
-        self.token_ids_RT = F.pad(self.token_ids_RT, (0, max(0, last + 1 - self.token_ids_RT.shape[1])))
+        sizes = torch.stack(self.sizes()).tolist() if self.known is None else self.known
+        lengths, pads = sizes[: len(self.lengths_R)], sizes[len(self.lengths_R) :]
+        new = token_ids_RS.shape[1]
+        rows = torch.arange(len(lengths), device=self.lengths_R.device)[:, None]
+        columns = self.lengths_R[:, None] + torch.arange(new, device=rows.device)
+        self.token_ids_RT = F.pad(self.token_ids_RT, (0, max(0, max(lengths) + new - self.token_ids_RT.shape[1])))
         self.token_ids_RT[rows, columns] = token_ids_RS
         if self.unread_R is not None or self.sampler == "whole":
-            new = self.unread_R if self.unread_R is not None else torch.full_like(self.lengths_R, columns.shape[1])
-            self.parts, hidden_RTD = _read_alone(trunk, self.token_ids_RT, self.lengths_R + new)
+            ends = [length + new for length in lengths]
+            if self.unread_R is not None:
+                ends = (self.lengths_R + self.unread_R).tolist()
+            self.parts, hidden_RTD = _read_alone(trunk, self.token_ids_RT, ends)
             return hidden_RTD[rows, columns.clamp(max=hidden_RTD.shape[1] - 1)]
         states = []
         for part, columns_of_pads in zip(self.parts, pads, strict=True):
@@ -146,9 +151,13 @@ class StockRows:
             hidden[rows_R] = of_part
         return hidden
 
+    def sizes(self) -> list[Tensor]:
+        """The lengths of the rows, and the columns of each part that are padding in all of its rows."""
+        return [*self.lengths_R.unbind(), *(part.pads_R.min() for part in self.parts)]
+
     def advance(self, kept_R: Tensor) -> None:
         """Rows that keep none have ended, or wait until `take` reads them anew."""
-        self.lengths_R, self.unread_R = self.lengths_R + kept_R, None
+        self.lengths_R, self.unread_R, self.known = self.lengths_R + kept_R, None, None
         for part in self.parts:
             part.end(kept_R[part.rows_R] == 0)
 
@@ -164,7 +173,7 @@ class StockRows:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in ascending order, and drop the others."""
-        number = torch.full_like(self.lengths_R, -1)
+        number, self.known = torch.full_like(self.lengths_R, -1), None
         number[rows] = torch.arange(len(rows), device=rows.device)
         self.token_ids_RT, self.lengths_R = self.token_ids_RT[rows], self.lengths_R[rows]
         parts = [_renumbered(part, number) for part in self.parts]
@@ -184,7 +193,7 @@ class StockRows:
         width = max(self.token_ids_RT.shape[1], cache.token_ids_RT.shape[1])
         token_ids, taken = (F.pad(x, (0, width - x.shape[1])) for x in (self.token_ids_RT, cache.token_ids_RT))
         token_ids[rows], self.lengths_R[rows] = taken, cache.lengths_R
-        self.token_ids_RT, self.parts = token_ids, self._parts(parts)
+        self.token_ids_RT, self.parts, self.known = token_ids, self._parts(parts), None
 
 
 class StockTrunk:
@@ -229,15 +238,17 @@ class StockTrunk:
         return hidden
 
 
-def _read_alone(trunk: StockTrunk, token_ids_RT: Tensor, lengths_R: Tensor) -> tuple[list[Part], Tensor]:
+def _read_alone(trunk: StockTrunk, token_ids_RT: Tensor, lengths: Sequence[int]) -> tuple[list[Part], Tensor]:
     """The parts of these rows, read from their beginning, and their hidden states [R, T, D]."""
-    parts, hidden, of_row = [], None, lengths_R.tolist()
-    for length in sorted(set(of_row)):
-        rows = (lengths_R == length).nonzero()[:, 0]
+    parts, hidden = [], None
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    alike = {length: list(rows) for length, rows in groupby(order, key=lengths.__getitem__)}
+    of_lengths = torch.tensor(order, device=token_ids_RT.device).split([len(rows) for rows in alike.values()])
+    for length, rows in zip(alike, of_lengths, strict=True):
         part = Part(rows, 0, torch.zeros_like(rows))
         states = trunk.forward(token_ids_RT[rows, :length], part)
         if hidden is None:
-            hidden = states.new_zeros(len(of_row), max(of_row), states.shape[-1])
+            hidden = states.new_zeros(len(lengths), max(lengths), states.shape[-1])
         hidden[rows, :length] = states
         parts.append(part)
     assert hidden is not None

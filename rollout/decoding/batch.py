@@ -36,7 +36,6 @@ class RoundCounts:
 
     alive: int = 0  # rows that go on
     waits: int = 0  # rows that wait for their tools
-    longest: int = 0  # tokens of the longest row of the cache, where it is ours
     most_left: int = 0  # tokens that a live row may still get, where something can be drafted
     most_unread: int = 0  # tokens of a row that the draft head has not read
     longest_read: int = 0  # tokens of the longest row of the draft head's cache, once these are read
@@ -198,18 +197,16 @@ class Batch:
 
     def count_rows(self) -> None:
         """Find the rows that ended."""
-        rows, head, latents = self.live, self.drafts.head, self.reader.latents
+        rows, head, sizes = self.live, self.drafts.head, self.reader.sizes()
         left = self.settings.limit(rows) - rows.count
         rows.alive = rows.alive & ~self.results.stopped[rows.index] & (left > 0)
         numbers = {"alive": rows.alive.sum(), "waits": rows.waits.sum()}
-        if latents is not None:
-            numbers["longest"] = latents.lengths_R.max()
         if head:
             numbers["most_left"] = left.where(rows.alive, 0).max()
             numbers["most_unread"], numbers["longest_read"] = head.sizes(rows)
-        read = torch.stack([*numbers.values()]).tolist()
-        self.counts = RoundCounts(**dict(zip(numbers, read, strict=True)))
-        if latents is not None:
-            latents.known_longest = self.counts.longest
+        read = torch.stack([*numbers.values(), *sizes]).tolist()
+        self.counts = RoundCounts(**dict(zip(numbers, read, strict=False)))
+        if sizes:
+            self.reader.know(read[len(numbers) :])
         if head:
             head.known = self.counts.most_unread, self.counts.longest_read

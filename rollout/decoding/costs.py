@@ -142,7 +142,7 @@ def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
     decoding.decode_round()
     head = batch.drafts.head
     if written > 0:
-        for cache in (batch.reader.latents, head.cache if head else None):
+        for cache in (*batch.reader.latents, head.cache if head else None):
             if cache is not None:
                 _lengthen(cache, written)
         batch.live.count = batch.live.count + written

@@ -22,10 +22,26 @@ class Reader:
         self.parts: list[Cache] = []  # the caches of prompts that were just read
 
     @property
-    def latents(self) -> LatentCache | None:
-        """Our own entries. A cache of transformers has none."""
-        latents = getattr(self.cache, "latents", self.cache)
-        return latents if isinstance(latents, LatentCache) else None
+    def latents(self) -> list[LatentCache]:
+        """Our own entries: those of layers that are not alike are apart. A cache of transformers has none."""
+        if isinstance(self.cache, LatentCache):
+            return [self.cache]
+        caches = getattr(self.cache, "caches", [self.cache])
+        return [cache.latents for cache in caches if hasattr(cache, "latents")]
+
+    def sizes(self) -> list[Tensor]:
+        """Numbers that the host has to know of the cache before the next forward. They are read with all else, see
+        `know`."""
+        if latents := self.latents:
+            return [latents[0].lengths_R.max()]  # the rows are as long in all of them
+        return self.cache.sizes() if hasattr(self.cache, "sizes") else []
+
+    def know(self, sizes: list[int]) -> None:
+        """The `sizes`, in the host's memory. They hold until rows come, go or read."""
+        for latents in self.latents:
+            latents.known_longest = sizes[0]
+        if hasattr(self.cache, "sizes"):
+            self.cache.known = sizes
 
     def clear(self) -> None:
         """No row is live any more."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from grpo.algorithm import own
 from grpo.config.loss import CorrectionMode, LossOptions
-from grpo.learner.batch import MicroBatch, TrainingBatch, collate
+from grpo.learner.batch import MicroBatch, TrainingBatch, lay_out
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import Forward
 from grpo.learner.row import PackedRow
@@ -198,7 +198,7 @@ class ReadLearner(Learner):
             yield from super()._shared(rows)
             return
         for row in sorted(rows, key=lambda row: row.group):
-            yield collate([row], self.policy.device)
+            yield lay_out([row])
 
 
 class ReadTerm(PolicyTerm):

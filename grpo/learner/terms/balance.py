@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward
 from grpo.learner.parallel import Ranks
 from grpo.learner.row import PackedRow
-from grpo.learner.terms.term import Term, Work
+from grpo.learner.terms.term import Later, Term, Work
 from policies.policy import Policy
 from policies.routing.balance import entropy, entropy_regulariser, gates, load_statistics, move_bias, sequence_loss
 from policies.routing.routers import Part, RoutingRecorder, routers
@@ -108,13 +109,20 @@ class BalanceTerm(Term):
             total = total + load.observe(routing, mini, count)
         return total
 
-    def end(self, works: Sequence[Work]) -> dict[str, float]:
+    def end(self, works: Sequence[Work]) -> Later:
         """Move the biases by what all ranks have counted in the step; the statistics of the step."""
-        metrics: dict[str, float] = {}
         counts = [work.fixed[self.name] for work in works]
+        each = []
         for load, of_load in zip(self.loads, zip(*counts, strict=True), strict=True):
-            metrics |= load.end(of_load, works[0].ranks)
-        return metrics
+            each.append(load.end(of_load, works[0].ranks))
+
+        def of(tensors: Sequence[Tensor]) -> dict[str, float]:
+            left, metrics = iter(tensors), dict[str, float]()
+            for load in each:
+                metrics |= load.of([next(left) for _ in load.tensors])
+            return metrics
+
+        return Later(list(chain.from_iterable(load.tensors for load in each)), of)
 
     @contextmanager
     def as_at_first(self) -> Iterator[None]:
@@ -139,7 +147,7 @@ class Count:
     sequences: int
     chosen: Tensor  # [layers, experts]
     entropies: Tensor  # [layers]
-    sums: Counter[str] = field(default_factory=Counter)
+    losses: list[tuple[str, Tensor]] = field(default_factory=list)  # the metric of each, and its value
     ended: bool = False  # whether its step has ended: a later one counts anew
 
 
@@ -182,23 +190,41 @@ class Load:
 
     def _weighted(self, name: str, loss: Tensor, count: Count) -> Tensor:
         kind = "" if self.part == "mlp" else "heads_"
-        count.sums[f"loss/balance_{kind}{name}"] += loss.item() / len(self.routers)
+        count.losses.append((f"loss/balance_{kind}{name}", loss.detach()))
         return getattr(self.options, f"{name}_weight") * loss
 
     @torch.no_grad()
-    def end(self, counts: Sequence[Count], ranks: Ranks) -> dict[str, float]:
+    def end(self, counts: Sequence[Count], ranks: Ranks) -> Later:
         chosen, entropies = sum(count.chosen for count in counts), sum(count.entropies for count in counts)
         assert isinstance(chosen, Tensor)
         assert isinstance(entropies, Tensor)
         ranks.sum_tensors(chosen, entropies)
-        sums = ranks.sum_metrics(sum((count.sums for count in counts), Counter[str]()))
         if self.options.bias_rate:
             for router, chosen_E in zip(self.routers.values(), chosen, strict=True):
                 bias = router.e_score_correction_bias
                 bias.copy_(move_bias(bias, chosen_E, self.options.bias_rate))
-        read = chosen.sum(1) / self.top_k  # tokens, once for every update
-        metrics = load_statistics(chosen, entropies / read, list(self.routers), PREFIX[self.part])
-        updates = read[0].item() / sum(count.tokens for count in counts)
         for count in counts:
             count.ended = True
-        return metrics | {name: value / updates for name, value in sums.items()}
+        tokens = sum(count.tokens for count in counts)
+        each = [len(count.losses) for count in counts]
+        losses = list(chain.from_iterable(count.losses for count in counts))
+
+        def of(tensors: Sequence[Tensor]) -> dict[str, float]:
+            chosen, entropies, *values = tensors
+            sums = ranks.sum_metrics(self._sums([name for name, _ in losses], values, each))
+            read = chosen.sum(1) / self.top_k  # tokens, once for every update
+            metrics = load_statistics(chosen, entropies / read, list(self.routers), PREFIX[self.part])
+            updates = read[0].item() / tokens
+            return metrics | {name: value / updates for name, value in sums.items()}
+
+        return Later([chosen, entropies, *(value for _, value in losses)], of)
+
+    def _sums(self, names: Sequence[str], values: Sequence[Tensor], each: Sequence[int]) -> Counter[str]:
+        """The mean losses of the layers by name; those of each count, which has so many of `each`, are summed apart."""
+        left, total = zip(names, values, strict=True), Counter[str]()
+        for number in each:
+            sums: Counter[str] = Counter()
+            for name, value in islice(left, number):
+                sums[name] += value.item() / len(self.routers)
+            total += sums
+        return total

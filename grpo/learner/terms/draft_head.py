@@ -136,7 +136,11 @@ def head_loss(
         teach[0] = True
     chosen = sorted({tree for tree, teaches in zip(mini.trees, teach, strict=True) if teaches})
     of_samples = [teaches for row, teaches in zip(mini.rows, teach, strict=True) for _ in row.samples]
-    rows, counted = torch.tensor([*chosen, *of_samples], device=preceding_BTD.device).tensor_split([len(chosen)])
+    device = preceding_BTD.device
+    if all(of_samples) and len(chosen) == len(preceding_BTD):  # as nearly always: nothing is sent
+        rows, counted = torch.arange(len(chosen), device=device), torch.ones(len(of_samples), device=device)
+    else:
+        rows, counted = torch.tensor([*chosen, *of_samples], device=device).tensor_split([len(chosen)])
     times = mini.times(counted)
     if isinstance(options, SftMTPOptions) and options.train_base_model:
         loss = gold_draft_loss(policy, preceding_BTD, mini, chosen, options.depth, times)

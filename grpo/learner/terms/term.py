@@ -19,6 +19,7 @@ from grpo.learner.batch import MicroBatch, TrainingBatch
 from grpo.learner.likelihood import Forward, Likelihood
 from grpo.learner.parallel import Ranks
 from grpo.learner.row import PackedRow
+from policies.devices import fetch
 from policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Work:
     rows: Sequence[PackedRow]  # those that are read
     loss: object = None  # as `forward_backward` was given it
     minis: Sequence[MicroBatch] = ()  # of this rank
+    probes: Sequence[MicroBatch] = ()  # a few samples that are read again after the step, see `likelihood.probes`
     version: int = 0  # of the policy, before the first update
     update: int = 0  # updates that were made with it
     number: int = 0  # place of the micro-batch that is read
@@ -64,6 +66,15 @@ class Work:
         self.notes[name].append((value.detach() if isinstance(value, Tensor) else value, factor))
 
 
+@dataclass(frozen=True)
+class Later:
+    """Metrics that `of` makes of these tensors, once they are in the host's memory. Those of all terms are read in one
+    copy."""
+
+    tensors: Sequence[Tensor]
+    of: Callable[[Sequence[Tensor]], dict[str, float]]
+
+
 def read(notes: Sequence[Mapping[str, list[Noted]]]) -> dict[str, float]:
     """The metrics of a step, from the notes of its micro-batches. All tensors are read in one copy."""
     tensors: list[Tensor] = []
@@ -77,6 +88,17 @@ def read(notes: Sequence[Mapping[str, list[Noted]]]) -> dict[str, float]:
             value = sum((next(numbers) if isinstance(x, Tensor) else x) * factor for x, factor in values)
             sums[name] = max(sums[name], value) if name.endswith("_max") else sums[name] + value
     return dict(sums)
+
+
+def read_ends(ends: Sequence[dict[str, float] | Later]) -> dict[str, float]:
+    """The metrics of a step, those of `Later` too. All of their tensors are read in one copy."""
+    tensors: list[Tensor] = []
+    for end in ends:
+        tensors += end.tensors if isinstance(end, Later) else ()
+    numbers, metrics = iter(fetch(tensors)), dict[str, float]()
+    for end in ends:
+        metrics |= end.of([next(numbers) for _ in end.tensors]) if isinstance(end, Later) else end
+    return metrics
 
 
 class Term:
@@ -136,8 +158,9 @@ class Term:
         """Gives the loss of a recorded lesson, where the term `reads_lessons`."""
         raise NotImplementedError(f"{type(self).__name__} does not override lesson")
 
-    def end(self, works: Sequence[Work]) -> dict[str, float]:
-        """It is called after the last update with the batches of a step, and gives metrics of the step."""
+    def end(self, works: Sequence[Work]) -> dict[str, float] | Later:
+        """It is called after the last update with the batches of a step, and gives metrics of the step, `Later` where
+        they need numbers of a device."""
         return {}
 
     # ---- around forwards ----------------------------------------------------------------------------------------
