@@ -27,7 +27,7 @@ from grpo.learner.parallel import ONE_PROCESS
 from grpo.learner.prepare import supervised
 from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms import balance
-from grpo.learner.terms.term import Work
+from grpo.learner.terms.term import Work, read_ends
 from grpo.run import checkpoint
 from grpo.run.stop import Stopped
 from grpo.train import train
@@ -175,7 +175,7 @@ def test_heads_are_balanced_and_counted_as_experts_are(policy):
     loss = term.scalar(mini, likelihood.forward(mini), work)
     (experts, heads), (_, count) = term.loads, work.fixed["balance"]
     assert (count.chosen.sum(1) == 8).all()  # two routed heads for each of four tokens; the shared one is not counted
-    metrics = term.end([work])
+    metrics = read_ends([term.end([work])])
     sequence = metrics["loss/balance_sequence"] * len(experts.routers)
     sequence += metrics["loss/balance_heads_sequence"] * len(heads.routers)
     assert loss.item() == pytest.approx(sequence, rel=1e-5)
