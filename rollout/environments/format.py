@@ -249,7 +249,8 @@ class TurnFormat:
                     f"the chat template of {self._tokenizer.name_or_path!r} writes a turn in another way than it asks "
                     "for one, so it cannot make examples of turns"
                 )
-            return self._encode(written[len(self._opening) :])
+            ids = self._encode(written[len(self._opening) :])
+            return ids if self._end or turn.calls else [*ids, self._tokenizer.eos_token_id]
         if len(turn.calls) > 1:
             raise ValueError(f"the plain form has one call in a turn, not {len(turn.calls)}")
         marks = "".join(f"<<{self._mark(call)}=" for call in turn.calls)

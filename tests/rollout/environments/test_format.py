@@ -228,6 +228,16 @@ def test_a_turn_is_read_whichever_stop_token_has_ended_it(template):
         assert calls == [(call.name, call.arguments) for call in turn.calls]
 
 
+def test_an_answer_is_written_with_a_stop_token():
+    """GLM's template ends an answer only where another message follows. Examples must teach to end."""
+    tokenizer = chat_tokenizer("glm4moe", eos_token="<|endoftext|>", additional_special_tokens=["<|observation|>"])
+    form = TurnFormat(tokenizer, [calculate])
+    ids, sampled = form.demonstration("Each gets <<48/2=24>>24 apples.")
+    assert (ids[-1], sampled[-1]) == (tokenizer.eos_token_id, True)
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert form.read(form.write(Turn("24 apples."))) == Turn("24 apples.")
+
+
 @pytest.mark.parametrize(
     "said",
     [
