@@ -135,7 +135,7 @@ class Policy(nn.Module):
     def stop_token_ids(self) -> list[int]:
         """The tokens that end a completion, from the generation config or else the tokenizer, whose own comes first."""
         eos = self.trunk.generation_config.eos_token_id if self.trunk.generation_config else None
-        eos = self.tokenizer.eos_token_id if eos is None else eos
+        eos = self.tokenizer.eos_token_id if eos in (None, []) else eos
         if eos is None:
             raise PolicyError("neither generation config nor tokenizer names a stop token; set eos_token_id in one")
         ids = list(eos) if isinstance(eos, list | tuple) else [eos]

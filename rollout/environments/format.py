@@ -113,6 +113,9 @@ class TurnFormat:
         self._response_template = template
         if not self.is_plain:
             self._opening = self._render([_USER], add_generation_prompt=True)
+            answer = self._up_to_the_stop_token(self._render([_USER, {"role": "assistant", "content": "."}]))
+            # What the chat template ends an answer with; nothing where only another message does, as with GLM's.
+            self._end = next((token for token in self._special if answer.endswith(token)), "")
 
     @cached_property
     def opening(self) -> regex.Pattern[str]:
@@ -160,9 +163,7 @@ class TurnFormat:
                 ids = ids[:-1] if ids[-1:] and ids[-1] in self._stops else ids
                 text, calls = self._read_marks(str(self._tokenizer.decode(ids)))
             else:
-                text, calls = self._cut_own(str(self._tokenizer.decode(ids)))
-                stop = str(self._tokenizer.decode(ids[-1:])) if ids[-1:] and ids[-1] in self._stops else ""
-                text = text.removesuffix(stop)
+                text, calls = self._cut_own(ids)
             for name, arguments in calls:
                 if not (isinstance(name, str) and name and isinstance(arguments, dict)):
                     raise BadCall("A call has a name, and a JSON object of arguments.")
@@ -248,7 +249,8 @@ class TurnFormat:
                     f"the chat template of {self._tokenizer.name_or_path!r} writes a turn in another way than it asks "
                     "for one, so it cannot make examples of turns"
                 )
-            return self._encode(written[len(self._opening) :])
+            ids = self._encode(written[len(self._opening) :])
+            return ids if self._end or turn.calls else [*ids, self._tokenizer.eos_token_id]
         if len(turn.calls) > 1:
             raise ValueError(f"the plain form has one call in a turn, not {len(turn.calls)}")
         marks = "".join(f"<<{self._mark(call)}=" for call in turn.calls)
@@ -342,8 +344,26 @@ class TurnFormat:
         arguments = values[0] if alone else json.dumps(call.arguments)
         return arguments if len(self._parameters) == 1 else f"{call.name} {arguments}"
 
+    def _stop_of(self, ids: list[int]) -> str:
+        """The text of the stop token that has ended a turn; empty where none has."""
+        return str(self._tokenizer.decode(ids[-1:])) if ids[-1:] and ids[-1] in self._stops else ""
+
     def _read_own(self, ids: list[int]) -> tuple[str, list[tuple[str, Any]]]:
-        """The model's own form, by transformers' response parsing."""
+        """The model's own form. A stop token that the chat template does not write, such as a base model's, is text to
+        its parser: then the turn is parsed with the template's own in its place."""
+        stop, ended = self._stop_of(ids), [*ids[:-1], *self._encode(self._end)]
+        try:
+            content, calls = self._parsed(ids)
+        except BadCall:
+            if not self._end or stop in ("", self._end):
+                raise
+            return self._parsed(ended)
+        if stop not in ("", self._end) and content.endswith(stop):
+            return self._parsed(ended)
+        return content, calls
+
+    def _parsed(self, ids: list[int]) -> tuple[str, list[tuple[str, Any]]]:
+        """The content and the calls, by transformers' response parsing."""
         try:
             turn = self._tokenizer.parse_response(
                 ids, self._response_template, prefix=self._opening, tools=self.schemas
@@ -356,8 +376,20 @@ class TurnFormat:
             raise BadCall(f"A call may have {LONGEST_CALL} characters.")
         return str(turn.get("content") or ""), calls
 
-    def _cut_own(self, text: str) -> tuple[str, list[tuple[Any, Any]]]:
-        """Does what `cut` does, by transformers' response parsing. Text after the first call is kept, too."""
+    def _cut_own(self, ids: list[int]) -> tuple[str, list[tuple[Any, Any]]]:
+        """Does what `cut` does in the model's own form; for other stop tokens see `_read_own`."""
+        text, stop = str(self._tokenizer.decode(ids)), self._stop_of(ids)
+        try:
+            text, calls = self._cut_text(text)
+        except UNREADABLE:
+            if not self._end or stop in ("", self._end):
+                raise
+            text, calls = self._cut_text(text.removesuffix(stop) + self._end)
+            stop = self._end
+        return text.removesuffix(stop), calls
+
+    def _cut_text(self, text: str) -> tuple[str, list[tuple[Any, Any]]]:
+        """Cuts the calls out of a text, by transformers' response parsing. Text after the first call is kept, too."""
         parser = self._tokenizer.get_response_parser(self._response_template, prefix=self._opening, tools=self.schemas)
         events = parser.feed(text)
         message, last = parser.finalize()

@@ -41,11 +41,9 @@ def _known(tokenizer: PreTrainedTokenizerBase, chat_template: str, needs_tools: 
 
     from rollout.environments.families import template_of
 
+    limited = _Limited(tokenizer, [_TOOL] if needs_tools else None)
     try:
-        if (
-            not supports_tool_calling(_Limited(tokenizer, [_TOOL] if needs_tools else None))
-            or "tools" not in chat_template
-        ):
+        if not supports_tool_calling(limited) or "tools" not in chat_template:
             return None
     except ValueError:  # the template raises something else than TRL expects, or exceeds a limit
         return None

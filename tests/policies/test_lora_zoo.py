@@ -38,8 +38,9 @@ def logprobs(model: torch.nn.Module) -> torch.Tensor:
 
 
 def exact(kind: str) -> Policy:
-    """A policy of the zoo in float64, in which routers do not flip by rounding."""
-    policy = zoo.policy(kind)
+    """A policy of the zoo in float64, in which routers do not flip by rounding. It is made in memory, also of types
+    whose folders are refused: their layers are what adapters may meet elsewhere."""
+    policy = Policy(zoo.tiny(kind), None, zoo.tokenizer())
     policy.config._attn_implementation = policy.own_attention
     if getattr(policy.trunk, "_can_set_experts_implementation", bool)():
         policy.trunk.set_experts_implementation("eager")

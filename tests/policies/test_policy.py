@@ -139,6 +139,8 @@ def test_a_dense_model_is_a_policy_without_head(tmp_path, random_policy):
     loaded = Policy.load(tmp_path / "dense", add_mtp=True)  # MTP is for DeepSeek-V3 trunks
     assert loaded.mtp is None
     assert loaded.stop_token_ids == [7]
+    loaded.trunk.generation_config.eos_token_id = []  # which names none: else no completion would ever end
+    assert loaded.stop_token_ids == [loaded.tokenizer.eos_token_id]
     assert torch.equal(logits(loaded.trunk), logits(dense.trunk))
 
 

@@ -148,7 +148,7 @@ def folder(where: str | Path, kind: str, layers: int | None = None, seed: int = 
     as many tokens as the model."""
     with quiet():
         tiny(kind, layers, seed, **changes).save_pretrained(where)
-    _tokenizer().save_pretrained(where)
+    tokenizer().save_pretrained(where)
     return Path(where)
 
 
@@ -159,6 +159,6 @@ def policy(kind: str, layers: int | None = None, seed: int = 0, **changes: Any) 
 
 
 @functools.cache
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     problems = word_problems("train", [1], count=50)
     return small_tokenizer([f"{row['question']}\n{row['answer']}\n" for row in problems], VOCABULARY)

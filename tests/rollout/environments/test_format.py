@@ -207,6 +207,37 @@ def test_a_reply_starts_after_the_token_that_ended_the_turn():
     assert form.read([*called, stop]).calls == (Call("add", {"a": 3}),)
 
 
+OTHER_END = "<|endoftext|>"  # a stop token of many chat models, which their chat templates do not write
+
+
+@pytest.mark.parametrize("template", [*OWN, "glm4moe", "gemma4"])
+def test_a_turn_is_read_whichever_stop_token_has_ended_it(template):
+    """Its text has none of the stop token, and a call before it is one, for episodes as for the calls of an agent."""
+    names = OWN.get(template) or {"eos_token": {"glm4moe": "<|user|>", "gemma4": "<turn|>"}.get(template, "<|im_end|>")}
+    special = ["<|im_start|>", "<|turn>", "<|observation|>", OTHER_END]
+    tokenizer = chat_tokenizer(template, **names, additional_special_tokens=special)
+    other = tokenizer.convert_tokens_to_ids(OTHER_END)
+    form = TurnFormat(tokenizer, [calculate, add], stop_token_ids=[other])
+    said = "" if template == "llama3_1" else "Let me see."
+    for turn in (Turn("So 7."), Turn(said, (Call("add", {"a": 3}),))):
+        ids = form.write(turn)
+        ids = [*(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids), other]
+        assert form.read(ids) == turn
+        text, calls = form.cut(ids)
+        assert OTHER_END not in text
+        assert calls == [(call.name, call.arguments) for call in turn.calls]
+
+
+def test_an_answer_is_written_with_a_stop_token():
+    """GLM's template ends an answer only where another message follows. Examples must teach to end."""
+    tokenizer = chat_tokenizer("glm4moe", eos_token="<|endoftext|>", additional_special_tokens=["<|observation|>"])
+    form = TurnFormat(tokenizer, [calculate])
+    ids, sampled = form.demonstration("Each gets <<48/2=24>>24 apples.")
+    assert (ids[-1], sampled[-1]) == (tokenizer.eos_token_id, True)
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert form.read(form.write(Turn("24 apples."))) == Turn("24 apples.")
+
+
 @pytest.mark.parametrize(
     "said",
     [
