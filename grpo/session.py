@@ -278,7 +278,7 @@ class Session:
         return replace(batch, drawn=drawn, by_run=by_run)
 
     def _prepare_as_before(self, rows: Sequence[Any]) -> TrainingBatch:
-        """In version 0.2 `prepare` took rows and lessons, too."""
+        """Prepare rows and lessons, which `prepare` took in version 0.2."""
         of_solutions = isinstance(rows[0], PackedRow)
         name = "prepare_solutions" if of_solutions else "prepare_lessons"
         warnings.warn(f"prepare takes groups; use {name} for these", FutureWarning, stacklevel=3)

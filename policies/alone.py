@@ -25,7 +25,7 @@ class Alone:
         return [self.placed_RL, self.own_N]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Alone:
-        """The same with other tensors, such as copies on a device."""
+        """Return these places with other tensors, such as copies on a device."""
         placed_RL, own_N = tensors
         return replace(self, placed_RL=placed_RL, own_N=own_N)
 

@@ -123,7 +123,7 @@ class Packing:
 
     @cached_property
     def on_host(self) -> Packing:
-        """The same with tensors of the host. A device is waited for where nobody has given them."""
+        """Return this packing with tensors of the host. If none were `given`, this waits for the device."""
         if self.given is not None or self.segment.device.type == "cpu":
             return self.given or self
         segment, ends = torch.stack([self.segment, self.ends]).cpu()

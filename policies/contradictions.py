@@ -275,15 +275,23 @@ def refuse_larger(files: WeightFiles, config: PretrainedConfig) -> None:
     """Raises PolicyError for a configuration of a far larger model than the files hold: transformers would make up the
     rest before it tells what is missing."""
     stored = sum(math.prod(shape) for shape in files.shapes.values())
-    try:
-        with torch.device("meta"):
-            trunk = auto_class(config).from_config(config)
-    except Exception:  # transformers will name what is wrong with the configuration
+    trunk = _without_weights(config)
+    if trunk is None:
         return
     described = sum(parameter.numel() for parameter in trunk.parameters())
     if stored and described > 4 * stored:
         what = f"config.json describes {described:,} parameters, and the files hold {stored:,}"
         raise PolicyError(f"model={files.source!r}: {what}; {WAY_OUT}")
+
+
+def _without_weights(config: PretrainedConfig) -> PreTrainedModel | None:
+    """The model that a configuration describes, on no device; None if transformers cannot make one, and will name what
+    is wrong with the configuration when it loads it."""
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config)
+    except Exception:  # whatever the code of a model raises for fields that do not fit together
+        return None
 
 
 def refuse_untied(source: str | Path, trunk: PreTrainedModel) -> None:
@@ -312,10 +320,8 @@ def _never_tied(source: str | Path, kind: str) -> PolicyError:
 def check_lm_head(files: WeightFiles, config: PretrainedConfig) -> None:
     """Raises PolicyError for an LM head that is missing, or that the configuration says to be the embedding when it is
     not. Only a stored LM head that should be the embedding is read."""
-    try:
-        with torch.device("meta"):
-            trunk = auto_class(config).from_config(config)
-    except Exception:  # transformers will name what is wrong with the configuration
+    trunk = _without_weights(config)
+    if trunk is None:
         return
     lm_head, embedding = trunk.get_output_embeddings(), trunk.get_input_embeddings()
     names = {module: f"{name}.weight" for name, module in trunk.named_modules()}

@@ -56,7 +56,7 @@ def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _in_one(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Those with wide entries come first, so that each begins at a multiple of its width."""
+    """Copy tensors to a device as one, wide entries first, so that each begins at a multiple of its width."""
     if len(tensors) == 1:
         return [tensors[0].to(device)]
     order = sorted(range(len(tensors)), key=lambda number: -tensors[number].itemsize)

@@ -122,7 +122,7 @@ class Parts:
         return [*(part.places for part in self.parts), *(part.rows for part in self.parts), self.order_BT]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Parts:
-        """The same with other tensors, such as copies on a device."""
+        """Return these parts with other tensors, such as copies on a device."""
         *of_parts, order_BT = tensors
         each = zip(self.parts, of_parts, of_parts[len(self.parts) :], strict=False)
         return Parts([Part(places, part.before, rows) for part, places, rows in each], order_BT)

@@ -39,7 +39,7 @@ from rewards.audit.findings import ANSWERS
 from rewards.config.names import ours, trainers
 from rewards.config.yaml_file import to_yaml
 from rewards.episode import ToolStats, answer_of
-from rewards.records import rollout_path
+from rewards.records import is_metric, null_for_nan, rollout_path, split_groups
 from rewards.ties import tied
 
 if TYPE_CHECKING:
@@ -145,19 +145,28 @@ class Watcher:
 
     def _take_completions(self, result: Mapping[str, Any], *_: Any) -> None:
         """The completions of this process, and then those of all."""
-        mine = self._lines_of(result)
-        lines = mine
-        if self.trainer.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            lines = gather_object(mine)
-        for line, marks in zip(lines, self.rewards, strict=True):
+        mine: list[dict[str, Any]] = []
+        with self._guarded():
+            mine = self._lines_of(result)
+        lines = self._of_all(mine)
+        logged = {name: list(values)[-len(lines) :] for name, values in self.trainer._logs["extra"].items()}
+        for place, (line, marks) in enumerate(zip(lines, self.rewards, strict=True)):
+            line["sample"] = place % self.trainer.num_generations
             line["parts"] = dict(zip(self.trainer.reward_func_names, marks, strict=True))
             line["reward"] = self._score(marks)
+            line["extras"] = {name: values[place] for name, values in logged.items() if place < len(values)}
         self.lines, self.step_of_lines = lines, self.trainer.state.global_step + 1
         self.keys = [(tuple(line.pop("prompt_ids")), tuple(line["token_ids"])) for line in lines]
         self.learned.clear()
         self._write_rollouts()
+
+    def _of_all(self, mine: list[Any]) -> list[Any]:
+        """The entries of all processes. Every one asks, also after a failure of its own: else the others would wait."""
+        if self.trainer.accelerator.num_processes == 1:
+            return mine
+        from accelerate.utils import gather_object
+
+        return list(gather_object(mine))
 
     def _score(self, marks: Sequence[float | None]) -> float | None:
         weights = self.trainer.reward_weights.tolist()
@@ -166,11 +175,9 @@ class Watcher:
 
     def _lines_of(self, result: Mapping[str, Any]) -> list[dict[str, Any]]:
         trainer = self.trainer
-        size = trainer.num_generations
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         tensors = {name: values.tolist() for name, values in result.items() if getattr(values, "dim", None)}
         ends = {*trainer.eos_token_ids, tokenizer.pad_token_id}
-        extras = {name: list(values)[-len(self.inputs) :] for name, values in trainer._logs["extra"].items()}
         lines = []
         for place, row in enumerate(self.inputs):
             prompt_ids = _where(tensors["prompt_ids"][place], tensors["prompt_mask"][place])
@@ -181,10 +188,8 @@ class Watcher:
                 "prompt": prompt if isinstance(prompt, str) else tokenizer.decode(prompt_ids),
                 **({} if isinstance(prompt, str) else {"messages": prompt}),
                 "prompt_ids": prompt_ids,
-                "sample": place % size,
                 "text": said if isinstance(said, str) else tokenizer.decode(ids, skip_special_tokens=True),
                 "token_ids": ids,
-                "extras": {name: values[place] for name, values in extras.items() if place < len(values)},
                 "advantage": tensors["advantages"][place],
                 "finish_reason": "stop" if ids and ids[-1] in ends else "length",
                 "policy_version": trainer.state.global_step,
@@ -260,16 +265,15 @@ class Watcher:
         return int(rows * self.trainer.accelerator.num_processes // self.trainer.num_generations)
 
     def end_step(self) -> None:
+        learned = dict(self._of_all(list(self.learned.items())))
         if not self.writes or not self.lines or self.step_of_lines != self.trainer.state.global_step:
             return
-        if self.learned:
+        if learned:
             for key, line in zip(self.keys, self.lines, strict=True):
-                line["policy_logprobs"] = self.learned.get(key)
+                line["policy_logprobs"] = learned.get(key)
             self._write_rollouts()
-        metrics = measured(self.lines, self.trainer.num_generations)
-        groups = [
-            [self._watched(line) for line in group] for group in _groups(self.lines, self.trainer.num_generations)
-        ]
+        metrics = measured(self.lines)
+        groups = [list(map(self._watched, group)) for group in split_groups(self.lines)]
         for alarm in self.alarms.observe(groups):
             what = {"kind": alarm.kind, "reward": alarm.reward, "value": round(alarm.value, 4)}
             self.event("alarm", step=self.step_of_lines, said=alarm.words, **what, examples=alarm.examples)
@@ -295,7 +299,7 @@ class Watcher:
         self.event("end", how="finished", after_step=self.trainer.state.global_step)
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> None:
-        finite = {name: float(value) for name, value in metrics.items() if _is_finite(value)}
+        finite = {name: float(value) for name, value in metrics.items() if value is not None and is_metric(value)}
         self._append("metrics.jsonl", {"step": step, **finite})
 
     def event(self, event: str, **fields: Any) -> None:
@@ -310,17 +314,17 @@ class Watcher:
         if not self.writes:
             return
         lines = [{"step": self.step_of_lines, "backend": "TRL", **line} for line in self.lines]
-        text = "".join(json.dumps(_without_nan(line), default=str) + "\n" for line in lines)
+        text = "".join(json.dumps(null_for_nan(line), default=str) + "\n" for line in lines)
         path = rollout_path(self.folder, self.step_of_lines)
         partial = path.with_suffix(".partial")
         partial.write_bytes(zstandard.compress(text.encode()))
         partial.replace(path)
 
 
-def measured(lines: Sequence[Mapping[str, Any]], size: int) -> dict[str, float]:
-    """Rewards and lengths of a step's completions, `size` of each prompt, by the names of `quartet train`."""
+def measured(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Rewards and lengths of a step's completions, by the names of `quartet train`."""
     rewards = [line["reward"] for line in lines if line["reward"] is not None]
-    groups = [[line["reward"] for line in group] for group in _groups(lines, size)]
+    groups = [[line["reward"] for line in group] for group in split_groups(lines)]
     known = [[reward for reward in group if reward is not None] for group in groups]
     lengths = [sum(line.get("sampled") or [1] * len(line["token_ids"])) for line in lines]
     metrics = {
@@ -364,10 +368,6 @@ def _callback(watcher: Watcher) -> Any:
     return Watching()
 
 
-def _groups(lines: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [lines[start : start + size] for start in range(0, len(lines), size)]
-
-
 def _where(values: Sequence[Any], mask: Sequence[int]) -> list[Any]:
     return [value for value, keep in zip(values, mask, strict=True) if keep]
 
@@ -403,18 +403,6 @@ def _put(options: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         options = options.setdefault(section, {})
     options[last] = value
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions() -> Iterator[tuple[str, str]]:

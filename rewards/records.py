@@ -68,6 +68,19 @@ def is_metric(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and abs(value) < math.inf and abs(value) <= sys.float_info.max)
 
 
+def null_for_nan(value: object) -> object:
+    """Return what JSON takes: None for numbers that are not finite, also in lists and mappings.
+
+    >>> null_for_nan({"reward": float("nan"), "logprobs": [-0.5]})
+    {'reward': None, 'logprobs': [-0.5]}
+    """
+    if isinstance(value, dict):
+        return {key: null_for_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_for_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _rollout_fault(line: dict[str, Any]) -> str | None:
     """Tells what a recorded completion lacks of what its readers need, or None."""
     kinds = {"prompt_id": str, "prompt": str, "sample": int, "text": str, "token_ids": list, "parts": dict}

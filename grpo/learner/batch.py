@@ -107,7 +107,7 @@ class MicroBatch:
 
     @property
     def laid(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, Placement]:
-        """What `Policy.hidden` reads."""
+        """Return the arguments of `Policy.hidden`."""
         return self.token_ids, self.position_ids, self.segment, self.until, self.on_host, self.placement
 
     @property

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -269,18 +269,19 @@ class Learner:
 
     def _moved(self, works: Sequence[Work]) -> Later:
         """How far the updates have moved the policy: some of the samples are read again."""
-        before, now = [], []
+        parts, now = [], list[Tensor]()
         for work in works:
-            before.append(self.keep_logprobs(work))
-            now.append(self.likelihood.again(work.probes, work.temperature))
-        samples = [[mini.samples[0] for mini in work.probes] for work in works]
+            before = self.keep_logprobs(work)
+            parts.append(([mini.samples[0] for mini in work.probes], before))
+            now += self.likelihood.again(work.probes, work.temperature)
 
         def of(logprobs: Sequence[Tensor]) -> dict[str, float]:
-            left = iter(logprobs)
-            each = [approx_kl(own, was, [next(left) for _ in own]) for own, was in zip(samples, before, strict=True)]
-            return {"policy/approx_kl": fmean(each)}
+            left, moved = iter(logprobs), []
+            for samples, before in parts:
+                moved.append(approx_kl(samples, before, list(islice(left, len(samples)))))
+            return {"policy/approx_kl": fmean(moved)}
 
-        return Later(list(chain.from_iterable(now)), of)
+        return Later(now, of)
 
     def keep_logprobs(self, work: Work) -> dict[tuple[int, int], list[float]]:
         """Put together what all ranks have read of a batch before its first update, for the record of its step."""

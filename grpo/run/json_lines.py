@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from policies.files.atomic import write_file
 from review.readers.run_folder import measured_rows
 from rewards.config.json_file import whole_lines
 from rewards.group_score import GroupScore
-from rewards.records import step_of
+from rewards.records import null_for_nan, step_of
 from rollout.group import RolloutGroup
 
 GONE = "was deleted, moved or replaced while the run wrote to it; put it back, and go on with --resume auto"
@@ -60,15 +59,7 @@ def json_line(values: dict[str, Any]) -> str:
     try:
         return json.dumps(values, allow_nan=False, default=str) + "\n"
     except ValueError:
-        return json.dumps(_null_for_nan(values), allow_nan=False, default=str) + "\n"
-
-
-def _null_for_nan(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _null_for_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.dumps(null_for_nan(values), allow_nan=False, default=str) + "\n"
 
 
 def rollout_lines(

@@ -83,8 +83,8 @@ def paths_of_cut(policy: Policy, device: torch.device, tolerance: float = EXACT)
 
 
 def planned_paths(policy: Policy, device: torch.device) -> str:
-    """How a policy without weights will be sampled and read, and why not faster. Raises PolicyError where a small
-    model of its architecture is refused, also with the tolerance of the lowest precision."""
+    """Return in words how a policy without weights will be sampled and read, and why not faster. Raises PolicyError if
+    a small model of its architecture is refused, also with the tolerance of the lowest precision."""
     if policy.backend == "native":
         return f"sampled by our engine; {ROWS['packed']}"
     refuse_form(policy)

@@ -198,7 +198,7 @@ def groups_of(traces: Iterable[Trace]) -> list[list[Trace]]:
 
 
 def _stands_in_blocks(group: Sequence[Trace], size: int) -> bool:
-    """Whether rollouts with the same prompt stand in blocks of neighbouring rows, each of so many or a multiple."""
+    """Return whether rollouts of one prompt are in blocks of neighbouring rows, each a multiple of `size` long."""
     starts = [0]
     for place, (before, after) in enumerate(pairwise(group), start=1):
         if (after.file, after.row) != (before.file, before.row + 1):

@@ -107,7 +107,7 @@ def program_of(text: str, names: Collection[str] = ()) -> str:
 
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:
-    """The fenced blocks of a text: what stands behind the opening mark, and the code."""
+    """Yield the fenced blocks of a text: the info string of the opening fence, and the code."""
     mark, info, margin, tried, lines = "", "", 0, 0, []
     for line in text.splitlines(keepends=True):
         fence = _FENCE.search(line.rstrip() if mark else _INLINE.sub("", line.rstrip()))
@@ -129,8 +129,8 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _ends_block(fence: re.Match[str], margin: int, lines: list[str]) -> bool:
-    """Whether a mark ends the block of these lines. A program may hold marks too, in a docstring or a text: behind code
-    or far to the right, a mark ends only what is Python up to there."""
+    """Return whether a fence ends the block of these lines. A program may contain fences too, in a docstring or a
+    string: after code on its line, or far to the right, a fence ends the block only if the lines so far are Python."""
     before = fence.string[: fence.start()]
     if fence["info"].strip():
         return bool(_NEW_BLOCK.match(fence.string))

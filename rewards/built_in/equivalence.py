@@ -9,7 +9,7 @@ r"""Mathematical equivalence by math-verify (optional extra `math`): `1/2`, `0.5
 | `(2, 5]`, `x^2 + 1`, `\dfrac{1}{2}`   | all of it: an expression without delimiters                             |
 | other text                            | math-verify's choice: after `final answer is`, in `\boxed{}`, the last  |
 
-A unit may follow an expression. What stands before the last `</think>` is read only if nothing behind it is an answer.
+A unit may follow an expression. The text before the last `</think>` is read only if there is no answer after it.
 
 Numbers and signs are first written in one way: see `rewards.built_in.notation`. Floats are compared to 6 places after
 the point, or to 6 digits if they are small.
@@ -63,8 +63,7 @@ _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _UNFINISHED = re.compile(r"\d\.\d+\.\d|\d\s*[~|]\s*\d|[-+*/^=<>]\Z")
 _ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what sympy may compute for minutes
 
-# A bound, or what the answer is not; a number in another base; and what stands before and behind an answer that is not
-# meant.
+# A bound or a negation before the answer; a number in another base; and words before or after an answer that deny it.
 _BOUND_FIRST = re.compile(r"\A\s*(?:\\(?:neg|lnot|not|neq?|leq?|geq?|lt|gt)(?![A-Za-z])|[<>≠≤≥¬])")
 _BASE = re.compile(r"\d_\{?(\d+)")
 _OPENING = r"[\s$*({\[\\]*(?:boxed\{)?\s*\Z"
@@ -111,8 +110,8 @@ def _answer_after_thoughts(text: str, takes_words: bool) -> list:
 
 
 def _answer(text: str, takes_words: bool) -> list:
-    """The answer of a completion as math-verify gives it: what it parsed, and last the text of it. A heading is words
-    too, so that words behind a mark are an answer only if `takes_words`."""
+    """Return the answer of a completion as math-verify does: what it parsed, and the text of it as the last entry.
+    Words after `####` are an answer only if `takes_words`, since a heading is words too."""
     start = text.rfind("<answer>")
     if start >= 0:
         text = text[start + len("<answer>") :].partition("</answer>")[0]
@@ -199,8 +198,8 @@ def _holds(equation: Any) -> bool:
 
 
 def _is_denied(source: str, text: str) -> bool:
-    """Whether the text says right before or behind the last `source` that it is not the answer, or that another number
-    may be."""
+    """Return whether words right before or after the last `source` deny that it is the answer, or name another number
+    as well."""
     start = text.rfind(source)
     if start < 0:
         return False

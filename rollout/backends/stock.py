@@ -333,7 +333,7 @@ def _trim_layer(layer: object, length: int) -> None:
 
 
 def _room(layer: object, length: int) -> int:
-    """How many entries a layer holds of `length` columns."""
+    """Return how many entries a layer holds of `length` columns."""
     return min(layer.sliding_window - 1, length) if isinstance(layer, DynamicSlidingWindowLayer) else length
 
 

@@ -1,5 +1,7 @@
 """Counts against models that exist: their parameters, the FLOPs of their forwards, their caches."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -90,17 +92,14 @@ def test_deepseek_v3_has_its_published_size():
     assert counted.lora_rank_within_aim == int(16 * 0.03 / counted.lora_share)
 
 
+SMALL: dict[str, Any] = {
+    **{"vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "attn_implementation": "eager",
+}
+
+
 def test_a_dense_model_is_counted_too():
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
+    config = LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True)
     model = LlamaForCausalLM(config)
     counted = anatomy(config, 0, context=1, **LORA)
     assert counted.parameters == counted.active_parameters == sum(p.numel() for p in model.parameters())
@@ -114,11 +113,7 @@ def test_a_dense_model_is_counted_too():
 def test_the_cache_of_mla_of_other_types_is_what_it_keeps():
     """Their `head_dim` is that of the rotated part, and our cache holds keys and values expanded."""
     config = DeepseekV2Config(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        **SMALL,
         num_key_value_heads=4,
         kv_lora_rank=12,
         q_lora_rank=None,
@@ -126,7 +121,6 @@ def test_the_cache_of_mla_of_other_types_is_what_it_keeps():
         qk_rope_head_dim=4,
         v_head_dim=6,
         first_k_dense_replace=2,
-        attn_implementation="eager",
     )
     model = DeepseekV2ForCausalLM(config).eval()
     counted = anatomy(config, 0, context=1, **LORA)

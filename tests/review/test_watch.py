@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from policies.presets import small_tokenizer
@@ -21,11 +25,12 @@ from review.readers.run_folder import read_events, read_metrics
 from review.watch import Watcher, watch
 from rewards.audit.audit import audit
 from rewards.audit.options import AuditConfig
-from rewards.records import read_rollouts, recorded_steps
+from rewards.records import read_rollouts, recorded_steps, split_groups
 
 trl = pytest.importorskip("trl")
 ROWS = [{"prompt": f"{a} + {b} = ?\n", "answer": f"#### {a + b}"} for a in range(4) for b in range(4)]
 STEPS = 3
+ROOT = Path(__file__).parents[2]
 
 
 def different(completions: list[str], log_extra: Any, **_: Any) -> list[float]:
@@ -92,6 +97,23 @@ def test_a_watched_trainer_ends_with_the_same_weights(tmp_path: Path, kind: str,
     lines = read_rollouts(folder, 1)
     assert len(lines) == 8 * options.get("gradient_accumulation_steps", 1)
     assert all(0 < len(line["token_ids"]) <= 8 for line in lines)
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_weights_and_the_first_writes_the_completions_of_both(tmp_path: Path) -> None:
+    script = ROOT / "tests/cases/watched_ranks.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for how in ("plain", "watched"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+        subprocess.run([*command, str(tmp_path / how), how], env=environment, check=True, timeout=300)
+    plain, watched = (load_file(tmp_path / how / "weights.safetensors") for how in ("plain", "watched"))
+    assert all(torch.equal(weight, watched[name]) for name, weight in plain.items())
+    lines = read_rollouts(tmp_path / "watched/watched", 1)
+    groups = split_groups(lines)
+    assert [len(group) for group in groups] == [4, 4, 4]
+    assert all(len({line["prompt"] for line in group}) == 1 for group in groups)
+    assert all(len(line["policy_logprobs"]) == len(line["token_ids"]) for line in lines)
+    assert all(line["extras"] == {"length": len(line["text"])} for line in lines)
 
 
 def test_the_record_has_what_the_trainer_has_computed(run: Path) -> None:

@@ -220,7 +220,7 @@ class DryRun:
         check_prompts(self.plan, task)
 
     def paths(self) -> str:
-        """How the policy will be sampled and read. Raises PolicyError for a type that the run refuses."""
+        """Return in words how the policy is sampled and read. Raises PolicyError for a type that the run refuses."""
         paths = planned_paths(self.plan.bare_policy(), device_of(self.config.device))
         backend = self.config.rollout.backend if isinstance(self.config, TrainConfig) else None
         return f"sampled by vLLM (here: {paths})" if backend == "vllm" else paths

@@ -181,7 +181,7 @@ class Words(Sums):
         return str(len(value)) if is_known(value) else mark(node["Text"], *names_in(value)[:1])
 
     def _is_used(self, name: str, sign: str) -> bool:
-        """Whether `${a[@]:-...}` stands for the elements themselves, or for nothing, and not for its default."""
+        """Return whether `${a[@]:-...}` is the elements of the array, or nothing, and not the default."""
         if sign[-1] in "?=":
             self.refuse()
         values = self.all(name)
@@ -237,7 +237,7 @@ class Words(Sums):
         return cut(value, pattern, longest)
 
     def _slice(self, node: Node, length: int, whole: Node) -> tuple[int, int]:
-        """Where `${text:start:length}` begins and ends."""
+        """Return the first character of `${text:start:length}` and the one after its last."""
         texts = [self.computed(node[name], whole["Text"]) if name in node else "" for name in ("Offset", "Length")]
         if not is_known("".join(texts)):
             self.refuse(whole["Text"])

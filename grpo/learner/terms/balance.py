@@ -119,7 +119,7 @@ class BalanceTerm(Term):
         def of(tensors: Sequence[Tensor]) -> dict[str, float]:
             left, metrics = iter(tensors), dict[str, float]()
             for load in each:
-                metrics |= load.of([next(left) for _ in load.tensors])
+                metrics |= load.of(list(islice(left, len(load.tensors))))
             return metrics
 
         return Later(list(chain.from_iterable(load.tensors for load in each)), of)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -97,7 +98,10 @@ def read_ends(ends: Sequence[dict[str, float] | Later]) -> dict[str, float]:
         tensors += end.tensors if isinstance(end, Later) else ()
     numbers, metrics = iter(fetch(tensors)), dict[str, float]()
     for end in ends:
-        metrics |= end.of([next(numbers) for _ in end.tensors]) if isinstance(end, Later) else end
+        if isinstance(end, Later):
+            metrics |= end.of(list(islice(numbers, len(end.tensors))))
+        else:
+            metrics |= end
     return metrics
 
 

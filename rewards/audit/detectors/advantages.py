@@ -22,7 +22,8 @@ def advantages(rollouts: Rollouts) -> Iterator[Finding]:
     """The advantages of a group are its rewards less their mean, times a factor. A run in which most groups are so has
     wrong ones where they are not."""
     groups = [[t for t in group if t.scored and is_number(t.advantage)] for group in rollouts.groups]
-    every = groups = [group for group in groups if len(group) > 1 and any(t.advantage for t in flatten(groups))]
+    taught = any(trace.advantage for trace in flatten(groups))
+    every = groups = [group for group in groups if len(group) > 1 and taught]
     yield from _weigh(groups)
     factors = {index: factor_of(group) for index, group in enumerate(groups)}
     clipped = _clipped(groups, [index for index, factor in factors.items() if factor is None])

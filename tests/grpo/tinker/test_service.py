@@ -696,12 +696,7 @@ def test_a_model_whose_request_was_damaged_computes_nothing_after_it(base, tmp_p
     damage(path)
     monkeypatch.setattr(of_service, "KEEP_STATE_S", 0.0)
     for _ in range(2):  # nothing that is kept afterwards hides it
-        client.service = Service(base, "llama", tmp_path / "state", torch.float32)
-        try:
-            for job in client.learn():
-                assert "00000001.forward_backward is damaged" in error(job)
-        finally:
-            client.service.close()
+        learns_nothing_after_a_restart(client, base, tmp_path / "state", "00000001.forward_backward is damaged")
 
 
 def test_requests_and_sessions_of_version_0_2_are_taken_up(base, tmp_path):
@@ -738,10 +733,15 @@ def test_a_model_whose_load_cannot_be_done_again_computes_nothing_after_it(base,
         answer(client.ask("load_weights", path=path, optimizer=True))
         service.close()
     service.delete_checkpoint(service.model(other.model), "weights/one")
-    client.service = Service(base, "llama", tmp_path / "state", torch.float32)
+    learns_nothing_after_a_restart(client, base, tmp_path / "state", "request 3 cannot be done again: path 'tinker://")
+
+
+def learns_nothing_after_a_restart(client, base, state, why):
+    """Every request of the client is refused for this reason by a server that begins with the state."""
+    client.service = Service(base, "llama", state, torch.float32)
     try:
         for job in client.learn():
-            assert "request 3 cannot be done again: path 'tinker://" in error(job)
+            assert why in error(job)
     finally:
         client.service.close()
 

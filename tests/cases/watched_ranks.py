@@ -1,0 +1,21 @@
+"""Run by test_watch.py in two processes: a training by TRL, whose groups lie on both.
+
+torchrun watched_ranks.py FOLDER plain|watched      # FOLDER/weights.safetensors are those at the end
+"""
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from review.watch import watch
+from tests.review.test_watch import trainer_of
+
+folder = Path(sys.argv[1])
+trainer = trainer_of(folder, ddp_backend="gloo", per_device_train_batch_size=6)
+if sys.argv[2] == "watched":
+    watch(trainer)
+trainer.train()
+if trainer.accelerator.is_main_process:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    save_file({name: weight.clone() for name, weight in model.named_parameters()}, folder / "weights.safetensors")
