@@ -189,9 +189,11 @@ class Session:
         return groups
 
     def _count_sampled(self, groups: Iterable[RolloutGroup]) -> None:
-        if self.run.in_progress is not None:
-            completions = chain.from_iterable(group.completions for group in groups)
-            self.run.in_progress.sampled += sum(completion.num_sampled for completion in completions)
+        if self.run.in_progress is None:
+            return
+        for group in groups:
+            for completion in group.completions:
+                self.run.in_progress.sampled += completion.num_sampled
 
     def score(
         self, groups: Sequence[RolloutGroup], rewards: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
@@ -384,13 +386,19 @@ class Session:
 
     def _measure_batches(self, step: Step) -> None:
         """Rewards and lengths of all that the step learns from. Of a single batch the run may have measured more."""
-        every = [batch.drawn for batch in step.batches if batch.drawn is not None]
-        if len(every) == 1 and any(batch.by_run for batch in step.batches):
-            step.metrics |= {name: value for name, value in every[0].metrics.items() if not name.startswith("time/")}
-            return
-        groups = list(chain.from_iterable(drawn.all_groups for drawn in every))
-        scores = list(chain.from_iterable(drawn.all_scores for drawn in every))
-        if groups:
+        every, by_run = list[Drawn](), False
+        groups, scores = list[RolloutGroup](), list[GroupScore]()
+        for batch in step.batches:
+            if batch.drawn is not None:
+                every.append(batch.drawn)
+                by_run = batch.by_run
+                groups += batch.drawn.all_groups
+                scores += batch.drawn.all_scores
+        if len(every) == 1 and by_run:
+            for name, value in every[0].metrics.items():
+                if not name.startswith("time/"):
+                    step.metrics[name] = value
+        elif groups:
             step.metrics |= rollout_metrics(groups, scores)
 
     def optim_step(
@@ -556,13 +564,17 @@ class Session:
         for batch in step.batches:
             if batch.drawn is None or not batch.drawn.scores:
                 continue
-            for work in reversed([work for work in step.read if work in batch.works]):  # the first loss counts
-                policy_logprobs |= {completions + index: values for index, values in work.policy_logprobs.items()}
+            for work in step.read:
+                if work not in batch.works:
+                    continue
+                for index, values in work.policy_logprobs.items():
+                    policy_logprobs.setdefault(completions + index, values)  # the first loss counts
             groups += batch.drawn.groups
             scores += batch.drawn.scores
             draws += batch.drawn.draws
             advantages += batch.advantages
-            completions += sum(len(group.completions) for group in batch.drawn.groups)
+            for group in batch.drawn.groups:
+                completions += len(group.completions)
         if groups:
             known = policy_logprobs if learned else None
             backend = self.collector.backend

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -256,20 +256,26 @@ def lay_out(rows: Sequence[PackedRow] | Sequence[Tree]) -> MicroBatch:
 def sent(minis: Sequence[MicroBatch], device: torch.device, policy: Policy | None = None) -> list[MicroBatch]:
     """Sends micro-batches that were laid out on the host to a device, all in one copy, with the placement that the
     `policy` has for them."""
-    on_host = [(mini.segment, mini.until) for mini in minis]
-    placements = [policy.placement(pair) if policy else None for pair in on_host]
     tensors: list[Tensor] = []
-    names: list[list[str]] = []
-    for mini, found in zip(minis, placements, strict=True):
-        names.append([name for name, value in vars(mini).items() if isinstance(value, Tensor)])
-        tensors += [getattr(mini, name) for name in names[-1]]
-        tensors += found.tensors if found else ()
+    placements: list[Placement] = []
+    for mini in minis:
+        placement = policy.placement((mini.segment, mini.until)) if policy else None
+        placements.append(placement)
+        tensors += _tensors_of(mini).values()
+        tensors += placement.tensors if placement else ()
     copies, result = iter(send(tensors, device)), []
-    for mini, of_mini, pair, found in zip(minis, names, on_host, placements, strict=True):
-        there: dict[str, Any] = {name: next(copies) for name in of_mini}
-        there["placement"] = found.with_tensors([next(copies) for _ in found.tensors]) if found else None
-        result.append(replace(mini, on_host=pair, **there))
+    for mini, placement in zip(minis, placements, strict=True):
+        there: dict[str, Any] = dict.fromkeys(_tensors_of(mini))
+        for name in there:
+            there[name] = next(copies)
+        if placement:
+            there["placement"] = placement.with_tensors(list(islice(copies, len(placement.tensors))))
+        result.append(replace(mini, on_host=(mini.segment, mini.until), **there))
     return result
+
+
+def _tensors_of(mini: MicroBatch) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(mini).items() if isinstance(value, Tensor)}
 
 
 def _padded(per_token: Sequence[Sequence[float]], longest: int) -> Tensor:

@@ -260,7 +260,8 @@ class Learner:
         for work in works:
             for term in work.terms:
                 works_of.setdefault(id(term), (term, []))[1].append(work)
-        ends += [term.end(of_term) for term, of_term in works_of.values()]
+        for term, of_term in works_of.values():
+            ends.append(term.end(of_term))
         metrics = read_ends(ends)
         for work in works:
             work.minis = work.probes = ()  # they are made again where the same batch goes on
@@ -355,7 +356,8 @@ class Learner:
 
     def _cut(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
         """The micro-batches of this rank on its device, one after the other."""
-        return (sent([mini], self.policy.device, self.policy)[0] for mini in self._shared(rows))
+        for mini in self._shared(rows):
+            yield from sent([mini], self.policy.device, self.policy)
 
     def _shared(self, rows: Sequence[PackedRow]) -> Iterator[MicroBatch]:
         """The micro-batches of this rank in the host's memory. All ranks gather weights together, so one that has fewer

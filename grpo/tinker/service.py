@@ -325,12 +325,16 @@ class Service:
         """Raises ApiError if more would wait than may: of one model or sampler, of its owner, and bytes. What one owner
         leaves waiting keeps no other from asking."""
         owner = self.owner(id_)
-        waiting = [job for job in self._waiting.values() if self.owner(job.owner.id) == owner]
-        of_one = [job for job in waiting if job.owner.id == id_]
+        of_one, of_owner, size_of_owner = 0, 0, 0
+        for job in self._waiting.values():
+            of_one += job.owner.id == id_
+            if self.owner(job.owner.id) == owner:
+                of_owner += 1
+                size_of_owner += job.size
         for what, count, most in (
-            (f"requests of {id_}", len(of_one) + 1, MOST_OF_ONE),
-            ("requests", len(waiting) + 1, MOST_WAITING),
-            ("bytes of requests", sum(job.size for job in waiting) + size, MOST_BYTES),
+            (f"requests of {id_}", of_one + 1, MOST_OF_ONE),
+            ("requests", of_owner + 1, MOST_WAITING),
+            ("bytes of requests", size_of_owner + size, MOST_BYTES),
         ):
             if count > most:
                 message = f"{count:,} {what} would wait, and at most {most:,} may; wait for results, and send it again"
