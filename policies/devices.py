@@ -41,11 +41,12 @@ def wide(tensor: Tensor) -> Tensor:
     return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
 
 
-def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def send(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """Sends tensors of the host to a device in one copy, since each one waits for it."""
-    if device.type == "cpu":
+    target = torch.device(device)
+    if target.type == "cpu":
         return list(tensors)
-    return _in_one(tensors, device)
+    return _in_one(tensors, target)
 
 
 def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
