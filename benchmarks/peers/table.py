@@ -23,6 +23,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def beginning(message: str, most: int = 160) -> str:
+    """The first words of a message. The JSON has all of it."""
+    return message if len(message) <= most else message[:most].rpartition(" ")[0] + " …"
+
+
 def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
@@ -130,7 +135,7 @@ def _mistakes(report: Mapping[str, Any]) -> str:
     return (
         "\n## Ten mistakes\n\nEach was made with both, on a tiny model of eight steps, with a checkpoint after every "
         "third step. A late mistake comes in the sixth step; then the cause is removed, and the run is resumed. Steps "
-        "that are computed again are lost.\n\n"
+        "that are computed again are lost. Messages are cut.\n\n"
     ) + table(head, rows)
 
 
@@ -140,9 +145,9 @@ def _told(told: Mapping[str, Any]) -> list[str]:
     code = {None: f"hangs, ended after {told['seconds']:.0f} s"}.get(told["exit_code"], str(told["exit_code"]))
     lost = str(told["steps_lost"])
     if told["steps_lost"] and told.get("resumed", {}).get("code", 0) != 0:
-        lost += f" (the resume ends: {cell(told['resumed']['message'])})"
+        lost += f" (the resume ends: {cell(beginning(told['resumed']['message']))})"
     lost += "".join(f" ({cell(told[key])})" for key in ("weights", "lost") if key in told and told["steps_lost"])
-    return [cell(told["message"]), code, lost]
+    return [cell(beginning(told["message"])), code, lost]
 
 
 def readme(report: Mapping[str, Any]) -> list[str]:
