@@ -131,7 +131,10 @@ def _mistakes(report: Mapping[str, Any]) -> str:
             told = sides.get(side)
             row += ["–", "–", "–"] if told is None else _told(told)
         rows.append(row)
-    head = ["mistake", *(f"{name}: {what}" for name in SIDES.values() for what in ("message", "exit code", "steps lost"))]
+    head = [
+        "mistake",
+        *(f"{name}: {what}" for name in SIDES.values() for what in ("message", "exit code", "steps lost")),
+    ]
     return (
         "\n## Ten mistakes\n\nEach was made with both, on a tiny model of eight steps, with a checkpoint after every "
         "third step. A late mistake comes in the sixth step; then the cause is removed, and the run is resumed. Steps "
