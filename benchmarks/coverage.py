@@ -5,7 +5,7 @@
 Each row draws problems or seeds of a known distribution, states the interval through the function that the commands
 use, and counts how often it holds the truth. The cases are those that are hard for intervals: rare problems, accuracies
 near 0, several samples of one problem, skewed rewards, and seeds of which one in five fails. "none" means that the
-commands state no interval. The table of docs/guides/evaluation.md is this program's output.
+commands state no interval. The tables of docs/guides/evaluation.md are rows of this program's output.
 """
 
 from __future__ import annotations
