@@ -26,6 +26,13 @@ _REWRITES = [
 _DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[A-Za-z])")
 # Thousands in groups: 1\,000, and 1.000.000 if there are two points or more.
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\,\d{3})+|(?:\.\d{3}){2,})(?!\d|\.\d)")
+# math-verify deletes these at the end of an expression as units, such as h of 2\\pi r h and t of 3t. Braces keep them.
+_VARIABLES = r"(?:ab|bc|(?<!1)st|[cdghlmost]s?)"
+_END = r"(?=\s*(?:[$}]|\\[)\]]|[.*]*\s*(?:\n|\Z)))"
+_LAST_VARIABLE = re.compile(
+    rf"((?<=[\d}}])|(?<=[-+*/=] )|(?<=[\d}}] )(?![ghlms])"
+    rf"|(?:(?<![A-Za-z\\{{])[A-Za-z]|\\(?:pi|theta|cdot)) )({_VARIABLES}){_END}"
+)
 _POWER_OF_TEN = (
     r"(?:[eE](?P<e>[-+]?\d{1,2})(?!\.?\w)"
     r"|\s*(?:\\times|\\cdot|[×*])\s*10\^(?:\{(?P<braced>-?\d{1,2})\}|(?P<digit>\d)(?!\w)))"
@@ -41,6 +48,7 @@ _SYMBOLS: dict[str, str | int | None] = {
     "³": "^3",
 }
 _SYMBOLS |= {"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq "}
+_SYMBOLS |= dict.fromkeys("€£¥₹", "")
 _SYMBOLS |= {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "$": ""}
 _LATEX = [
     (re.compile(r"\\text\{(\s*[-\d][^{}]*)\}"), r"\1"),  # \text{5 feet}
@@ -64,6 +72,7 @@ def readable(text: str) -> str:
     if r"\begin" not in text:  # where \\ ends a row of a matrix
         text = _DOUBLED_BACKSLASH.sub(r"\\", text)
     text = _GROUPED.sub(_digits, text)
+    text = _LAST_VARIABLE.sub(r"\1{\2}", text)
     return _SCIENTIFIC.sub(_written_out, text)
 
 

@@ -176,6 +176,50 @@ def test_math_equivalence_reads_the_forms_of_an_answer_and_pays_for_no_answer_th
     assert [exploit for exploit, score in zip(EXPLOITS, scores[len(FORMS) :], strict=True) if score] == []
 
 
+QUANTITIES = [  # a gold answer, completions that are equal to it, and others that are not
+    ("12:30", ["12:30", "The train leaves at 12:30.", r"\boxed{12:30}", "12:30 PM"], ["4:10", "5:30 or 4:10", "0.4"]),
+    ("5:30 PM", ["17:30", "5:30"], ["5:30 AM", "5:31 PM", "not 5:30"]),
+    ("2:4", ["1:2"], ["1:3"]),
+    ("101_2", ["101_2", "$101_{2}$"], ["101", "101_3", "1101_2"]),
+    (
+        "10 m",
+        ["10", "10 m", "10 metres", r"$10\text{ m}$"],
+        ["10 cm", r"\boxed{10\text{ cm}}", "10 m^2", "It is 10 km"],
+    ),
+    ("1,000 km/h", ["1,000 km/h", "1000 km per hour"], ["1,000 m/s", "It is 1,000 m"]),
+    ("3 apples", ["3 apples", "3"], ["4 apples"]),
+    ("[1,2]", [r"1 \le x \le 2", r"so $1 \leq x \leq 2$", "so it is [1, 2]."], [r"1 < x \le 2", r"1 \le x \le 3"]),
+    (r"(2,\infty)", ["$x > 2$", "2 < x"], ["$x < 2$", r"x \geq 2"]),
+    (r"(0,1) \cup (2,3)", [r"so (0,1) \cup (2,3).", r"(2,3) ∪ (0,1)"], ["(0,1)", "3", r"(0,1) \cap (2,3)"]),
+    ("3x", ["3x", "I get 3x."], ["3", "I get 3x + 1."]),
+    (
+        "3",
+        ["so x = 3", "5 - 2 = 3", "**3**", "3 km", "Wow, 3!"],
+        ["I get 3x.", "x^2 + 3 is it", "I get log 3.", "5 - 3 people"],
+    ),
+    (r"2 \pi r h", [r"$2 \pi r h$", r"$2h\pi r$"], [r"$2 \pi r$"]),
+    ("3t", ["3t", r"\boxed{3t}", "Answer: 3t."], ["3", "3c"]),
+    ("3ab", ["3ab", "$3ba$"], ["3"]),
+    (
+        "5",
+        [r"He needs at least $\boxed{5}$", "At least 4? #### 5"],
+        ["at least 5", "more than $5$", "5 or more", "up to 5"],
+    ),
+    ("1000", ["It is 1,000"], ["It is not 1,000"]),
+    ("50", ["€50", "so 50€"], ["€5"]),
+]
+
+
+@pytest.mark.parametrize(("gold", "equal", "unequal"), QUANTITIES)
+def test_math_equivalence_compares_times_bases_units_bounds_sets_and_variables(gold, equal, unequal):
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    texts = equal + unequal
+    scores = math_equivalence(None, texts, answer=[gold] * len(texts))
+    assert dict(zip(texts, scores, strict=True)) == dict.fromkeys(equal, 1.0) | dict.fromkeys(unequal, 0.0)
+
+
 HOSTILE = [
     "####",
     r"\boxed{",
@@ -194,7 +238,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("unit", HOSTILE)
+@pytest.mark.parametrize("unit", [*HOSTILE, "t\n", "r h ", "3 "])
 def test_a_hundred_thousand_characters_are_rewritten_in_bounded_time(unit):
     text = (unit * 100_000)[:100_000]
     started = time.process_time()

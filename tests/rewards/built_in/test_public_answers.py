@@ -28,6 +28,7 @@ EXCEPTIONS = {
     (r"Answer: \boxed{0.5}", r"\frac{1}{2}"): NO_FORMAT,
     (r"<|im_start|>Answer: \boxed{42}im_end|>", "42"): NO_FORMAT,
     (r"Answer: \boxed{42}|eot_id|>", "42"): NO_FORMAT,
+    (r"$-2 \\le x \\le 7$", r"$x \in [-2,7]$"): NO_FORMAT,
     (r"$1 + \frac{1}{\mathrm{e}}$", r"$1 - \frac{1}{\mathrm{e}}$"): NOT_EQUAL,
 }
 
