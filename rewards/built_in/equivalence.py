@@ -17,8 +17,8 @@ the point, or to 6 digits if they are small.
 A completion can name the right expression without answering with it: `not $42$`, `$42$ is wrong`, `\neq 42`, `\leq 42`,
 `41 = 42`, `42_5`. Such a completion scores 0.0.
 
-It also scores 0.0 if it has another clock time, base, unit or bound than the gold answer: `4:10` for `12:30`, `101` for
-`101_2`, `10 cm` for `10 m`, `at least 5` for `5`. Letters next to a number are variables: `3t` is not 3.
+It also scores 0.0 if it has another date, clock time, base, unit or bound than the gold answer: `4:10` for `12:30`,
+`101` for `101_2`, `10 cm` for `10 m`, `at least 5` for `5`. Letters next to a number are variables: `3t` is not 3.
 
 math-verify's own time limits use SIGALRM, which works only in a main thread and elsewhere made graders silently score
 0. They are off here, since the scorer's workers have a time limit. A text such as `10**10**10` exceeds it, which is a
@@ -38,7 +38,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rewards.built_in.notation import in_latex, is_words, readable
-from rewards.built_in.quantity import bound_around, has_clock, is_clock, unit_after
+from rewards.built_in.quantity import bound_around, has_clock, has_date, is_clock, is_date, unit_after
 from rewards.protocol import Completions, RewardError, right_at, text_of
 
 try:
@@ -53,6 +53,7 @@ _NUMBER = r"[-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d+)?(?<=[\d])(?: ?%)?"
 _UNIT = r"(?: (?!pi\b|sqrt\b)[A-Za-z]{2,}|(?!sqrt)[A-Za-z]{4,})(?: [A-Za-z]{2,})*"
 _UNIT_BEHIND = re.compile(r"(?<=[\d}π]) +(?!(?:or|and|is|was)\b)[A-Za-z]{2,}(?:\^\{?[23]\}?)?(?:[ /][A-Za-z]+)*\Z")
 _RATE = re.compile(r"(?<=\d) [A-Za-z]+(?:/| per )[A-Za-z]+\Z")
+_AND = re.compile(r"(?<=[\d})])(?:,? (?:and|or) |,? \\text\{ ?(?:and|or) ?\})(?=[-\d\\(]|[a-z] ?=)")
 _AS_IT_IS = re.compile(rf"{_NUMBER}(?:{_UNIT})?|(?!.*\d\s+\d)[\d.\s+\-*/^()]+")
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
 
@@ -65,7 +66,7 @@ _TEXT = re.compile(r"\\text\{\(?[A-Za-z ]+\)?\}|\(?[A-Za-z]\)?")  # an answer th
 _PLAIN_NUMBER = re.compile(r"[-+]?[\d.,]+ ?(?:%|°[CF]?)?|\(\d+(?:\.\d+)?\)")
 
 # An expression in prose: factors without blanks between them, and operators. A word is no factor, nor is a unit.
-_INNER = r"[\d\s.,;+\-*/^=<>≤≥π√∞°_{}\\]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|\\[A-Za-z]+"
+_INNER = r"[\d\s.,;+\-*/^=<>≤≥π√∞°_{}]|\\[,;! ]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|\\[A-Za-z]+"
 _BRACKETED = rf"[(\[](?:{_INNER}|[(\[](?:{_INNER})*[)\]])+[)\]]"
 _GLUED_UNIT = (
     r"(?:k?m[²³]|[kcm]m[²³]?|[km]?g|m?[lL]|ft|in|lbs?|oz|hrs?|min|mph|[ap]m|st|nd|rd|th)(?![A-Za-z])|[A-Za-z]{4,}"
@@ -86,6 +87,7 @@ _ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what symp
 # A bound or a negation before the answer; a number in another base; and words before or after an answer that deny it.
 _BOUND_FIRST = re.compile(r"\A\s*(?:\\(?:neg|lnot|not|neq?|leq?|geq?|lt|gt)(?![A-Za-z])|[<>≠≤≥¬])")
 _BASE = re.compile(r"\d_\{?(\d+)")
+_BY_ZERO = re.compile(r"/\s*\(?0(?:\.0*)?(?![\d.])")
 _OPENING = r"[\s$*({\[\\]*(?:boxed\{)?\s*\Z"
 _DENIED = re.compile(rf"(?:\bnot|n't|\bnever|≠)(?:\s+equal(?:\s+to)?|\s+be)?{_OPENING}", re.IGNORECASE)
 _EITHER = re.compile(r"(?<![\d/.])(-?\d[\d,]*(?:\.\d+)?) or (-?\d[\d,]*(?:\.\d+)?)(?![\d/%\\])")
@@ -109,8 +111,11 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
 
 
 def _is_equal(gold_text: str, text: str) -> bool:
+    spoken = text.rpartition("</think>")[2]
+    if is_date(gold_text):
+        return has_date(spoken, gold_text)
     if is_clock(gold_text):
-        return has_clock(text.rpartition("</think>")[2], gold_text)
+        return has_clock(spoken, gold_text)
     gold = _gold(gold_text)
     answer = _answer_after_thoughts(text, takes_words=bool(_TEXT.fullmatch(str(gold[-1]))))
     if not answer or _is_another_statement(answer, gold) or _is_denied(str(answer[-1]), text):
@@ -127,7 +132,7 @@ def _gold_text(answer: str | int | float) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _gold(expression: str) -> list:
-    parsed = _parsed(_RATE.sub("", expression))
+    parsed = _parsed(_AND.sub(", ", _RATE.sub("", expression)))
     if not parsed:
         raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed
@@ -176,7 +181,7 @@ def _last_place(source: str, text: str) -> re.Match[str] | None:
 
 
 def _without_unit(expression: str) -> str:
-    return _UNIT_BEHIND.sub("", expression) if len(expression) <= LONGEST else expression
+    return _AND.sub(", ", _UNIT_BEHIND.sub("", expression)) if len(expression) <= LONGEST else expression
 
 
 def _named_answers(text: str) -> Iterator[str]:
@@ -221,13 +226,13 @@ def _parsed(expression: str) -> list:
 
 
 def _is_another_statement(answer: list, gold: list) -> bool:
-    """Whether the answer is a false equation, a number in another base, or a bound if the gold one is none."""
+    """Whether the answer is a false equation, a number in another base, a division by zero, or a bound of its own."""
     expression, source, gold_source = answer[0], str(answer[-1]), str(gold[-1])
     if isinstance(expression, Eq | And) and not expression.free_symbols and expression != gold[0]:
         return not all(map(_holds, expression.args if isinstance(expression, And) else [expression]))
     if _BOUND_FIRST.search(source) and not _BOUND_FIRST.search(gold_source):
         return True
-    return _base(source) != _base(gold_source)
+    return _base(source) != _base(gold_source) or bool(_BY_ZERO.search(source))
 
 
 def _base(source: str) -> str:

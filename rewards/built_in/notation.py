@@ -13,13 +13,17 @@ from decimal import Decimal
 # The full-width characters of ASCII (East Asian text), minus signs, and fractions of one character.
 _CHARACTERS: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _CHARACTERS |= dict.fromkeys((0x2212, 0x2012, 0x2013, 0xFE63), "-")
+_CHARACTERS |= dict.fromkeys((0x00A0, 0x2009, 0x202F), " ")
+_CHARACTERS |= dict.fromkeys((0x200B, 0x200E, 0xFEFF), "")  # of no width
 _CHARACTERS |= {ord("½"): " 1/2", ord("⅓"): " 1/3", ord("⅔"): " 2/3", ord("¼"): " 1/4", ord("¾"): " 3/4"}
 
 _REWRITES = [
     (re.compile(r"\{,\}"), ","),  # 1{,}000
+    (re.compile(r"(?<=\d) percent\b"), "%"),
+    (re.compile(r"(?<=\d),\\!\s?(?=\d)"), ""),  # 56,\!01,\!78 (Indian groups)
     (re.compile(r"\\!\s?"), ""),  # 11,\! 111
     (re.compile(r"\\\$(?=\s?[-+]?[\d.])"), ""),  # \$5
-    (re.compile(r"\\(?:mathrm|mathit|rm)\{([A-Za-z])\}"), r"\1"),  # the grammar ends at \mathrm{e}
+    (re.compile(r"\\(?:mathrm|mathit|mathcal|mathbf|rm)\{([A-Za-z])\}"), r"\1"),  # the grammar ends at \mathrm{e}
     (re.compile(r"(^|[=:({,$] ?|\bis )\+(?=[\d.])", re.MULTILINE), r"\1"),  # is +42
     (re.compile(r"(?<![\w.\\}/^])(\d+) {1,2}(\d+)/(\d+)(?![\w/])"), r"(\1+\2/\3)"),  # 3 1/2
 ]
@@ -33,6 +37,7 @@ _LAST_VARIABLE = re.compile(
     rf"((?<=[\d}}])|(?<=[-+*/=] )|(?<=[\d}}] )(?![ghlms])"
     rf"|(?:(?<![A-Za-z\\{{])[A-Za-z]|\\(?:pi|theta|cdot)) )({_VARIABLES}){_END}"
 )
+_PRIMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?:('{1,3})|\^\{((?:\\prime){1,3})\}|\^?(\\prime))(?![A-Za-z'])")
 _POWER_OF_TEN = (
     r"(?:[eE](?P<e>[-+]?\d{1,2})(?!\.?\w)"
     r"|\s*(?:\\times|\\cdot|[×*])\s*10\^(?:\{(?P<braced>-?\d{1,2})\}|(?P<digit>\d)(?!\w)))"
@@ -64,7 +69,7 @@ def readable(text: str) -> str:
     r"""The text with its numbers and signs as both prose and LaTeX have them.
 
     >>> readable("is +42, −５, 1e3, 11,\\! 111 or 3½")
-    'is 42, -5, 1000, 11,111 or (3+1/2)'
+    'is 42, -5, 1000, 11111 or (3+1/2)'
     """
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
@@ -72,6 +77,7 @@ def readable(text: str) -> str:
     if r"\begin" not in text:  # where \\ ends a row of a matrix
         text = _DOUBLED_BACKSLASH.sub(r"\\", text)
     text = _GROUPED.sub(_digits, text)
+    text = _PRIMED.sub(_with_subscript, text)
     text = _LAST_VARIABLE.sub(r"\1{\2}", text)
     return _SCIENTIFIC.sub(_written_out, text)
 
@@ -92,6 +98,12 @@ def in_latex(expression: str) -> str:
 
 def is_words(text: str) -> bool:
     return text.replace(" ", "").isalpha()
+
+
+def _with_subscript(match: re.Match[str]) -> str:
+    """The symbol with its primes as a subscript, since the grammar deletes primes: f'' is f_{pp}."""
+    count = len(match[2] or "") or (match[3] or match[4]).count("prime")
+    return f"{match[1]}_{{{'p' * count}}}"
 
 
 def _digits(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-r"""Clock times, units and bounds around a number, which math-verify does not compare: 12:30 is 4:10 as a ratio."""
+r"""Dates, clock times, units and bounds around a number, which math-verify does not compare."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ _CLOCK = re.compile(
     re.IGNORECASE,
 )
 _GOLD_CLOCK = re.compile(_CLOCK.pattern + r"[.$\s]*", re.IGNORECASE)
+
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_MONTH = rf"(?:{'|'.join(_MONTHS)})[a-z]*\.?"
+_DATE = re.compile(
+    r"(?<![\d/-])(?:(?P<iso>\d{4}-\d{2}-\d{2})|(?P<slashed>\d{1,2}/\d{1,2}/\d{4}))(?![\d/-])"
+    rf"|\b(?P<month>{_MONTH}) (?P<day>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,? (?P<year>\d{{4}})\b)?"
+    rf"|\b(?P<first>\d{{1,2}})(?:st|nd|rd|th)?(?: of)? (?P<named>{_MONTH})(?:,? (?P<in>\d{{4}})\b)?",
+    re.IGNORECASE,
+)
 _HEDGED = re.compile(r"\bor\s+\S{0,12}\Z|(?:\bnot|n't)\s+\Z", re.IGNORECASE)
 
 # The names of each unit, as `_singular` leaves them.
@@ -39,6 +48,33 @@ class Unit(NamedTuple):
     name: str
     power: str
     per: str | None
+
+
+def is_date(text: str) -> bool:
+    """Return whether the text is a date: 2020-05-06, 5/6/2020, May 6, 2020 or 6 May."""
+    return _DATE.fullmatch(text.strip("$. ")) is not None
+
+
+def has_date(text: str, gold: str) -> bool:
+    """Return whether the last date of the text is that of `gold`. Numbers with slashes are compared as they are."""
+    dates = list(_DATE.finditer(text))
+    reference = _DATE.search(gold)
+    if not dates or reference is None or _HEDGED.search(text[: dates[-1].start()]):
+        return False
+    date, gold_date = _parts(dates[-1]), _parts(reference)
+    return date[: len(gold_date)] == gold_date
+
+
+def _parts(date: re.Match[str]) -> list[int | str]:
+    """Month, day and, if it is there, year."""
+    if date["slashed"]:
+        return ["/", *map(int, date["slashed"].split("/"))]
+    if date["iso"]:
+        year, *month_and_day = map(int, date["iso"].split("-"))
+        return [*month_and_day, year]
+    month = _MONTHS.index((date["month"] or date["named"])[:3].lower()) + 1
+    year_text = date["year"] or date["in"]
+    return [month, int(date["day"] or date["first"]), *([int(year_text)] if year_text else [])]
 
 
 def is_clock(text: str) -> bool:

@@ -206,6 +206,20 @@ QUANTITIES = [  # a gold answer, completions that are equal to it, and others th
         ["at least 5", "more than $5$", "5 or more", "up to 5"],
     ),
     ("1000", ["It is 1,000"], ["It is not 1,000"]),
+    (
+        "May 5, 2020",
+        ["5 May 2020", "It was on May 5th, 2020."],
+        ["May 6, 2020", "May 5", "April 5, 2020 or May 6, 2020"],
+    ),
+    ("2020-05-06", ["2020-05-06", "on 2020-05-06."], ["2020-06-05", "2009", "2020-05-06 or 2020-06-05"]),
+    ("12/25/2024", ["12/25/2024"], ["12/25", "25/12/2024"]),
+    ("E'", ["E'", r"$E^{\prime}$"], ["E", "E''"]),
+    ("2x", ["$f'(x) = 2x$", "y' = 2x"], ["$f'(x)$"]),
+    ("1234", ["1\u00a0234", "1\u202f234", "1\u2009234", "\ufeff1234", "It's 1,234"], ["1\u00a0235"]),
+    ("25%", ["25 percent", "25 %", "0.25"], ["0.25%", "26 percent"]),
+    ("1, 2", ["1 and 2", "1 or 2", "x=1 and x=2", "2, 1"], ["1", "1 or 3"]),
+    ("56017895760", [r"56,\!01,\!78,\!95,\!760"], [r"56,\!01"]),
+    ("0", ["0", "0/5"], ["0/0", "1/0"]),
     ("50", ["€50", "so 50€"], ["€5"]),
 ]
 
@@ -244,6 +258,18 @@ def test_a_hundred_thousand_characters_are_rewritten_in_bounded_time(unit):
     started = time.process_time()
     in_latex(readable(text))
     assert time.process_time() - started < 2.0  # quadratic time would take minutes
+
+
+@pytest.mark.parametrize(
+    "unit", ["(\\a", "(1", "1 - ", "x_{1}", "\\frac{1}", "3t ", "1,", "{1}", "May 5 ", "12:30 ", "1! "]
+)
+def test_an_expression_is_found_in_prose_in_bounded_time(unit):
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    started = time.process_time()
+    math_equivalence(None, ["so it is " + unit * 500], answer=["7"])
+    assert time.process_time() - started < 5.0  # exponential time would never end
 
 
 def test_math_equivalence_runs_no_text_as_code(tmp_path):
