@@ -26,6 +26,6 @@ def test_a_tool_that_changes_its_arguments_does_not_make_its_episode_begin_again
     history = []
     for items in (["tea"], ["milk"], ["bread"]):
         about = {"episode": "a", "environment": "", "columns": {}, "seeds": [1, 2], "ends": False}
-        reply = loaded.call(about | {"history": list(history), "calls": [["buy", list(items)]]})
+        reply = loaded.call(about | {"history": list(history), "calls": [["buy", {"items": list(items)}]]})
         assert reply["results"] == [("1", False)]
-        history.append(["buy", items])
+        history.append(["buy", {"items": items}])
