@@ -44,6 +44,9 @@ _POWER_OF_TEN = (
 )
 _SCIENTIFIC = re.compile(rf"(?<![\w.\\/^])(?P<digits>\d{{1,20}}(?:\.\d{{1,20}})?){_POWER_OF_TEN}")
 
+_MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MAGNITUDE = re.compile(rf"(?<![\w.,])(?P<digits>[\d,]{{1,20}}(?:\.\d{{1,12}})?) (?P<word>{'|'.join(_MAGNITUDES)})\b")
+
 _SYMBOLS: dict[str, str | int | None] = {
     "π": r"\pi ",
     "∞": r"\infty ",
@@ -77,6 +80,7 @@ def readable(text: str) -> str:
     if r"\begin" not in text:  # where \\ ends a row of a matrix
         text = _DOUBLED_BACKSLASH.sub(r"\\", text)
     text = _GROUPED.sub(_digits, text)
+    text = _MAGNITUDE.sub(_in_full, text)
     text = _PRIMED.sub(_with_subscript, text)
     text = _LAST_VARIABLE.sub(r"\1{\2}", text)
     return _SCIENTIFIC.sub(_written_out, text)
@@ -108,6 +112,11 @@ def _with_subscript(match: re.Match[str]) -> str:
 
 def _digits(match: re.Match[str]) -> str:
     return "".join(filter(str.isdigit, match[0]))
+
+
+def _in_full(match: re.Match[str]) -> str:
+    digits = match["digits"].replace(",", "")
+    return f"{Decimal(digits).scaleb(_MAGNITUDES[match['word']]):f}" if digits.strip(".") else match[0]
 
 
 def _written_out(match: re.Match[str]) -> str:

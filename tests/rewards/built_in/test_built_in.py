@@ -220,6 +220,8 @@ QUANTITIES = [  # a gold answer, completions that are equal to it, and others th
     ("1, 2", ["1 and 2", "1 or 2", "x=1 and x=2", "2, 1"], ["1", "1 or 3"]),
     ("56017895760", [r"56,\!01,\!78,\!95,\!760"], [r"56,\!01"]),
     ("0", ["0", "0/5"], ["0/0", "1/0"]),
+    ("5000000", ["5 million", "so 5 million people", r"\$5 million", "5,000 thousand"], ["5", "5 billion"]),
+    ("5", ["5", "5 people"], ["5 million", "so 5 million people"]),
     ("50", ["€50", "so 50€"], ["€5"]),
 ]
 
