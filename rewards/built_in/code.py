@@ -16,6 +16,7 @@ from rewards.protocol import Completions, right_at, text_of
 
 _FENCE = re.compile(r"(?P<mark>`{3,}|~{3,})(?P<info>[^`~]*)\Z")  # the end of a line: text may come before it
 _INLINE = re.compile(r"(?<!`)(?P<mark>`{3,}+)[^`]+(?P=mark)")  # code inside of a line of prose
+_ONE_LINE = re.compile(r"(?<!`)(?P<mark>`{3,}+)(?:(?:python|py)[\d.]*[ \t]+)?(?P<code>[^`\n]+)(?P=mark)", re.IGNORECASE)
 _NEW_BLOCK = re.compile(r"\s*(?:`{3,}|~{3,})[\w{.]")
 CLOSING_INDENT = 3  # more than that of the opening mark, as in CommonMark
 MOST_TRIED = 100  # marks inside of programs, for which the code up to there is parsed
@@ -92,7 +93,8 @@ def code(
 
 def program_of(text: str, names: Collection[str] = ()) -> str:
     r"""The last block between marks that says it is Python, else the last one of no language, else the whole text. A
-    block that defines one of `names` goes before those that do not, such as an example of its use.
+    block that defines one of `names` goes before those that do not, such as an example of its use. Code between marks
+    on one line counts if it defines one of them and no block does.
 
     >>> program_of("So:\n```python\nx = 1\n```\nIt prints:\n```\n1\n```")
     'x = 1\n'
@@ -100,10 +102,12 @@ def program_of(text: str, names: Collection[str] = ()) -> str:
     blocks = list(_blocks(text))
     python = [block for info, block in blocks if _PYTHON.match(info)]
     candidates = python or [block for info, block in blocks if not info.strip()]
-    if not candidates:
-        return text
-    defining = [block for block in candidates if _defined(block) & set(names)]
-    return (defining or candidates)[-1]
+    on_one_line = [match["code"].strip() for match in _ONE_LINE.finditer(text)]
+    for group in (candidates, on_one_line):
+        defining = [block for block in group if _defined(block) & set(names)]
+        if defining:
+            return defining[-1]
+    return candidates[-1] if candidates else text
 
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:

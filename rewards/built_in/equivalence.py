@@ -17,6 +17,9 @@ the point, or to 6 digits if they are small.
 A completion can name the right expression without answering with it: `not $42$`, `$42$ is wrong`, `\neq 42`, `\leq 42`,
 `41 = 42`, `42_5`. Such a completion scores 0.0.
 
+It also scores 0.0 if it has another date, clock time, base, unit or bound than the gold answer: `4:10` for `12:30`,
+`101` for `101_2`, `10 cm` for `10 m`, `at least 5` for `5`. Letters next to a number are variables: `3t` is not 3.
+
 math-verify's own time limits use SIGALRM, which works only in a main thread and elsewhere made graders silently score
 0. They are off here, since the scorer's workers have a time limit. A text such as `10**10**10` exceeds it, which is a
 failure like any other. As a policy will write such texts, `reward.on_error` should be `drop_sample` or `score=0`.
@@ -35,6 +38,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rewards.built_in.notation import in_latex, is_words, readable
+from rewards.built_in.quantity import bound_around, has_clock, has_date, is_clock, is_date, unit_after
 from rewards.protocol import Completions, RewardError, right_at, text_of
 
 try:
@@ -47,18 +51,35 @@ except ImportError as error:
 # perhaps with a unit, and plain arithmetic, which it reads better without.
 _NUMBER = r"[-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d+)?(?<=[\d])(?: ?%)?"
 _UNIT = r"(?: (?!pi\b|sqrt\b)[A-Za-z]{2,}|(?!sqrt)[A-Za-z]{4,})(?: [A-Za-z]{2,})*"
-_UNIT_BEHIND = re.compile(r"(?<=[\d}π]) +(?!(?:or|and|is|was)\b)[A-Za-z]{2,}(?:\^\{?[23]\}?)?(?: [A-Za-z]+)*\Z")
+_UNIT_BEHIND = re.compile(r"(?<=[\d}π]) +(?!(?:or|and|is|was)\b)[A-Za-z]{2,}(?:\^\{?[23]\}?)?(?:[ /][A-Za-z]+)*\Z")
+_RATE = re.compile(r"(?<=\d) [A-Za-z]+(?:/| per )[A-Za-z]+\Z")
+_AND = re.compile(r"(?<=[\d})])(?:,? (?:and|or) |,? \\text\{ ?(?:and|or) ?\})(?=[-\d\\(]|[a-z] ?=)")
 _AS_IT_IS = re.compile(rf"{_NUMBER}(?:{_UNIT})?|(?!.*\d\s+\d)[\d.\s+\-*/^()]+")
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
 
 LONGEST = 300  # characters of an answer that is an expression without delimiters
 _ANSWER_LINE = re.compile(r".{0,100}?\banswer(?:\s+is)?\s*:?\s*(\S.*)", re.IGNORECASE)
-_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|textnormal|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|textnormal|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\{[a-z]{2}\}")
 _FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi)(?![a-z])"
-_WORD = re.compile(rf"(?<![\dA-Za-z])(?!{_FUNCTION})[A-Za-z]{{2,}}")
+_WORD = re.compile(rf"(?<![\dA-Za-z}}])(?!{_FUNCTION})[A-Za-z]{{2,}}")
 _TEXT = re.compile(r"\\text\{\(?[A-Za-z ]+\)?\}|\(?[A-Za-z]\)?")  # an answer that is words, or the letter of a choice
-_REST_OF_WORD = re.compile(r"\S*(?: (?:\\pi|π|√)\S*)?")
-_BEYOND_PLAIN = re.compile(r"\\[a-z]|[π√^]|\(\d+\+\d+/\d+\)")  # the last one is 3 1/2, as `readable` has it
+_PLAIN_NUMBER = re.compile(r"[-+]?[\d.,]+ ?(?:%|°[CF]?)?|\(\d+(?:\.\d+)?\)")
+
+# An expression in prose: factors without blanks between them, and operators. A word is no factor, nor is a unit.
+_INNER = r"[\d\s.,;+\-*/^=<>≤≥π√∞°_{}]|\\[,;! ]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|\\[A-Za-z]+"
+_BRACKETED = rf"[(\[](?:{_INNER}|[(\[](?:{_INNER})*[)\]])+[)\]]"
+_GLUED_UNIT = (
+    r"(?:k?m[²³]|[kcm]m[²³]?|[km]?g|m?[lL]|ft|in|lbs?|oz|hrs?|min|mph|[ap]m|st|nd|rd|th)(?![A-Za-z])|[A-Za-z]{4,}"
+)
+_FACTOR = (
+    rf"(?:\\(?!cup|cap|text)[A-Za-z]+(?:\{{[^{{}}]*\}})*\s*|{_FUNCTION}(?:_\{{?\w+\}}?)?\s*"
+    rf"|\d+(?:,\d{{3}})*(?:\.\d+|:\d+)?|\.\d+|(?<=\d)(?!{_GLUED_UNIT})[A-Za-z]{{1,3}}"
+    rf"|(?<![A-Za-z\d'’])[A-Za-z](?:_\{{?\w+\}}?)?(?![A-Za-z])|{_BRACKETED}|\{{[^{{}}]*\}}"
+    rf"| ?[π√]|!(?=\s*[-+*/^=.,)])|°[CF]?|[%∞])"
+)
+_OPERATOR = r"(?:\s*(?:[+/^=<>≤≥×÷·∪∩]|\\(?:cup|cap|times|cdot|div|leq?|geq?)(?![A-Za-z])) *|\*\*|[-*]| [-*x] )"
+_IN_PROSE = re.compile(rf"(?:(?<![\w)])[-+])?{_FACTOR}++(?:{_OPERATOR}[-+]?{_FACTOR}++)*+")
+_WIDEST = 200  # characters before and after a number, among which its expression is
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _UNFINISHED = re.compile(r"\d\.\d+\.\d|\d\s*[~|]\s*\d|[-+*/^=<>]\Z")
 _ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what sympy may compute for minutes
@@ -66,6 +87,7 @@ _ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what symp
 # A bound or a negation before the answer; a number in another base; and words before or after an answer that deny it.
 _BOUND_FIRST = re.compile(r"\A\s*(?:\\(?:neg|lnot|not|neq?|leq?|geq?|lt|gt)(?![A-Za-z])|[<>≠≤≥¬])")
 _BASE = re.compile(r"\d_\{?(\d+)")
+_BY_ZERO = re.compile(r"/\s*\(?0(?:\.0*)?(?![\d.])")
 _OPENING = r"[\s$*({\[\\]*(?:boxed\{)?\s*\Z"
 _DENIED = re.compile(rf"(?:\bnot|n't|\bnever|≠)(?:\s+equal(?:\s+to)?|\s+be)?{_OPENING}", re.IGNORECASE)
 _EITHER = re.compile(r"(?<![\d/.])(-?\d[\d,]*(?:\.\d+)?) or (-?\d[\d,]*(?:\.\d+)?)(?![\d/%\\])")
@@ -85,20 +107,32 @@ def math_equivalence(prompts: list | None, completions: Completions, answer: lis
     [1.0, 0.0]
     """
     pairs = zip(completions, answer, strict=True)
-    return [float(_is_equal(_gold(gold), readable(text_of(text)))) for text, gold in pairs]
+    return [float(_is_equal(_gold_text(gold), readable(text_of(text)))) for text, gold in pairs]
 
 
-def _is_equal(gold: list, text: str) -> bool:
+def _is_equal(gold_text: str, text: str) -> bool:
+    spoken = text.rpartition("</think>")[2]
+    if is_date(gold_text):
+        return has_date(spoken, gold_text)
+    if is_clock(gold_text):
+        return has_clock(spoken, gold_text)
+    gold = _gold(gold_text)
     answer = _answer_after_thoughts(text, takes_words=bool(_TEXT.fullmatch(str(gold[-1]))))
     if not answer or _is_another_statement(answer, gold) or _is_denied(str(answer[-1]), text):
         return False
-    return verify(gold, answer, float_rounding=_places(gold[0]), timeout_seconds=None)
+    if _is_another_quantity(str(answer[-1]), text, str(gold[-1]), gold_text):
+        return False
+    places = _places(gold[0])
+    return verify(gold, answer, float_rounding=places, allow_set_relation_comp=True, timeout_seconds=None)
+
+
+def _gold_text(answer: str | int | float) -> str:
+    return readable(str(answer)).rpartition("####")[2].strip()
 
 
 @functools.lru_cache(maxsize=4096)
-def _gold(answer: str | int | float) -> list:
-    expression = readable(str(answer)).rpartition("####")[2].strip()
-    parsed = _parsed(expression)
+def _gold(expression: str) -> list:
+    parsed = _parsed(_AND.sub(", ", _RATE.sub("", expression)))
     if not parsed:
         raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed
@@ -125,17 +159,29 @@ def _answer(text: str, takes_words: bool) -> list:
 def _of_prose(text: str) -> list:
     """math-verify's choice. Without delimiters it takes a number out of the middle of an expression: 10 of 10π."""
     answer = parse(text, parsing_timeout=None)
-    if not answer or any(mark in text for mark in _DELIMITERS):
+    if any(mark in text for mark in _DELIMITERS):
         return answer
-    start = text.rfind(str(answer[-1]))
-    first = max(text.rfind(blank, 0, start) for blank in " \n\t") + 1
-    rest = _REST_OF_WORD.match(text, max(start, 0))
-    word = _trimmed(text[first : rest.end()].rstrip(",;:")) if rest else ""
-    return _parsed_answer(word) if _BEYOND_PLAIN.search(word) and _is_expression(word) else answer
+    place = _last_place(str(answer[-1]), text) if answer else None
+    start = place.start() if place else len(text)
+    runs = list(_IN_PROSE.finditer(text, max(start - _WIDEST, 0), start + _WIDEST))
+    if place is None:
+        runs = [run for run in runs if any(map(str.isdigit, run[0]))][-1:]
+    run = next((run for run in runs if run.end() > start or place is None), None)
+    last = _trimmed(run[0].rpartition("=")[2]) if run else ""
+    if not last or _PLAIN_NUMBER.fullmatch(last):
+        return answer
+    return _parsed_answer(last) if _is_expression(last) else []
+
+
+def _last_place(source: str, text: str) -> re.Match[str] | None:
+    """Return where `source` is last in the text. math-verify removes the commas of a number."""
+    commas = ",?" if source[:1].isdigit() else ""
+    pattern = re.compile(commas.join(map(re.escape, source)))
+    return max(pattern.finditer(text), key=re.Match.start, default=None)
 
 
 def _without_unit(expression: str) -> str:
-    return _UNIT_BEHIND.sub("", expression) if len(expression) <= LONGEST else expression
+    return _AND.sub(", ", _UNIT_BEHIND.sub("", expression)) if len(expression) <= LONGEST else expression
 
 
 def _named_answers(text: str) -> Iterator[str]:
@@ -180,14 +226,30 @@ def _parsed(expression: str) -> list:
 
 
 def _is_another_statement(answer: list, gold: list) -> bool:
-    """Whether the answer is a false equation, or a bound or a number in another base where the gold one is none."""
+    """Whether the answer is a false equation, a number in another base, a division by zero, or a bound of its own."""
     expression, source, gold_source = answer[0], str(answer[-1]), str(gold[-1])
     if isinstance(expression, Eq | And) and not expression.free_symbols and expression != gold[0]:
         return not all(map(_holds, expression.args if isinstance(expression, And) else [expression]))
     if _BOUND_FIRST.search(source) and not _BOUND_FIRST.search(gold_source):
         return True
-    base, gold_base = _BASE.search(source), _BASE.search(gold_source)
-    return base is not None and (gold_base is None or base[1] != gold_base[1])
+    return _base(source) != _base(gold_source) or bool(_BY_ZERO.search(source))
+
+
+def _base(source: str) -> str:
+    base = _BASE.search(source)
+    return base[1] if base else "10"
+
+
+def _is_another_quantity(source: str, text: str, gold_source: str, gold_text: str) -> bool:
+    """Return whether the answer has another unit than the gold one, or is a bound where the gold one is another."""
+    place, gold_place = _last_place(source, text), _last_place(gold_source, gold_text)
+    if place is None or gold_place is None:
+        return False
+    bound = bound_around(text, *place.span())
+    if bound and bound != bound_around(gold_text, *gold_place.span()):
+        return True
+    unit, gold_unit = unit_after(text, place.end()), unit_after(gold_text, gold_place.end())
+    return unit is not None and gold_unit is not None and unit != gold_unit
 
 
 def _holds(equation: Any) -> bool:
@@ -200,10 +262,11 @@ def _holds(equation: Any) -> bool:
 def _is_denied(source: str, text: str) -> bool:
     """Return whether words right before or after the last `source` deny that it is the answer, or name another number
     as well."""
-    start = text.rfind(source)
-    if start < 0:
+    place = _last_place(source, text)
+    if place is None:
         return False
-    first, end = max(start - 40, 0), start + len(source)
+    start, end = place.span()
+    first = max(start - 40, 0)
     for one, other in _EITHER.findall(text[first : end + 40]):
         if one != other and source in (one, other):
             return True

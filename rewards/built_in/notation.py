@@ -13,24 +13,39 @@ from decimal import Decimal
 # The full-width characters of ASCII (East Asian text), minus signs, and fractions of one character.
 _CHARACTERS: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _CHARACTERS |= dict.fromkeys((0x2212, 0x2012, 0x2013, 0xFE63), "-")
+_CHARACTERS |= dict.fromkeys((0x00A0, 0x2009, 0x202F), " ")
+_CHARACTERS |= dict.fromkeys((0x200B, 0x200E, 0xFEFF), "")  # of no width
 _CHARACTERS |= {ord("½"): " 1/2", ord("⅓"): " 1/3", ord("⅔"): " 2/3", ord("¼"): " 1/4", ord("¾"): " 3/4"}
 
 _REWRITES = [
     (re.compile(r"\{,\}"), ","),  # 1{,}000
+    (re.compile(r"(?<=\d) percent\b"), "%"),
+    (re.compile(r"(?<=\d),\\!\s?(?=\d)"), ""),  # 56,\!01,\!78 (Indian groups)
     (re.compile(r"\\!\s?"), ""),  # 11,\! 111
     (re.compile(r"\\\$(?=\s?[-+]?[\d.])"), ""),  # \$5
-    (re.compile(r"\\(?:mathrm|mathit|rm)\{([A-Za-z])\}"), r"\1"),  # the grammar ends at \mathrm{e}
+    (re.compile(r"\\(?:mathrm|mathit|mathcal|mathbf|rm)\{([A-Za-z])\}"), r"\1"),  # the grammar ends at \mathrm{e}
     (re.compile(r"(^|[=:({,$] ?|\bis )\+(?=[\d.])", re.MULTILINE), r"\1"),  # is +42
     (re.compile(r"(?<![\w.\\}/^])(\d+) {1,2}(\d+)/(\d+)(?![\w/])"), r"(\1+\2/\3)"),  # 3 1/2
 ]
 _DOUBLED_BACKSLASH = re.compile(r"\\\\(?=[A-Za-z])")
 # Thousands in groups: 1\,000, and 1.000.000 if there are two points or more.
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\,\d{3})+|(?:\.\d{3}){2,})(?!\d|\.\d)")
+# math-verify deletes these at the end of an expression as units, such as h of 2\\pi r h and t of 3t. Braces keep them.
+_VARIABLES = r"(?:ab|bc|(?<!1)st|[cdghlmost]s?)"
+_END = r"(?=\s*(?:[$}]|\\[)\]]|[.*]*\s*(?:\n|\Z)))"
+_LAST_VARIABLE = re.compile(
+    rf"((?<=[\d}}])|(?<=[-+*/=] )|(?<=[\d}}] )(?![ghlms])"
+    rf"|(?:(?<![A-Za-z\\{{])[A-Za-z]|\\(?:pi|theta|cdot)) )({_VARIABLES}){_END}"
+)
+_PRIMED = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?:('{1,3})|\^\{((?:\\prime){1,3})\}|\^?(\\prime))(?![A-Za-z'])")
 _POWER_OF_TEN = (
     r"(?:[eE](?P<e>[-+]?\d{1,2})(?!\.?\w)"
     r"|\s*(?:\\times|\\cdot|[×*])\s*10\^(?:\{(?P<braced>-?\d{1,2})\}|(?P<digit>\d)(?!\w)))"
 )
 _SCIENTIFIC = re.compile(rf"(?<![\w.\\/^])(?P<digits>\d{{1,20}}(?:\.\d{{1,20}})?){_POWER_OF_TEN}")
+
+_MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MAGNITUDE = re.compile(rf"(?<![\w.,])(?P<digits>[\d,]{{1,20}}(?:\.\d{{1,12}})?) (?P<word>{'|'.join(_MAGNITUDES)})\b")
 
 _SYMBOLS: dict[str, str | int | None] = {
     "π": r"\pi ",
@@ -41,6 +56,7 @@ _SYMBOLS: dict[str, str | int | None] = {
     "³": "^3",
 }
 _SYMBOLS |= {"×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq "}
+_SYMBOLS |= dict.fromkeys("€£¥₹", "")
 _SYMBOLS |= {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "$": ""}
 _LATEX = [
     (re.compile(r"\\text\{(\s*[-\d][^{}]*)\}"), r"\1"),  # \text{5 feet}
@@ -56,7 +72,7 @@ def readable(text: str) -> str:
     r"""The text with its numbers and signs as both prose and LaTeX have them.
 
     >>> readable("is +42, −５, 1e3, 11,\\! 111 or 3½")
-    'is 42, -5, 1000, 11,111 or (3+1/2)'
+    'is 42, -5, 1000, 11111 or (3+1/2)'
     """
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
@@ -64,6 +80,9 @@ def readable(text: str) -> str:
     if r"\begin" not in text:  # where \\ ends a row of a matrix
         text = _DOUBLED_BACKSLASH.sub(r"\\", text)
     text = _GROUPED.sub(_digits, text)
+    text = _MAGNITUDE.sub(_in_full, text)
+    text = _PRIMED.sub(_with_subscript, text)
+    text = _LAST_VARIABLE.sub(r"\1{\2}", text)
     return _SCIENTIFIC.sub(_written_out, text)
 
 
@@ -85,8 +104,19 @@ def is_words(text: str) -> bool:
     return text.replace(" ", "").isalpha()
 
 
+def _with_subscript(match: re.Match[str]) -> str:
+    """The symbol with its primes as a subscript, since the grammar deletes primes: f'' is f_{pp}."""
+    count = len(match[2] or "") or (match[3] or match[4]).count("prime")
+    return f"{match[1]}_{{{'p' * count}}}"
+
+
 def _digits(match: re.Match[str]) -> str:
     return "".join(filter(str.isdigit, match[0]))
+
+
+def _in_full(match: re.Match[str]) -> str:
+    digits = match["digits"].replace(",", "")
+    return f"{Decimal(digits).scaleb(_MAGNITUDES[match['word']]):f}" if digits.strip(".") else match[0]
 
 
 def _written_out(match: re.Match[str]) -> str:

@@ -68,6 +68,6 @@ class ReplayConfig(CallOptions):
     reward: TriedScoringOptions = TriedScoringOptions()
     against: str | None = None
     """The recorded value to compare with: a reward's name, or `score` for the weighted sum. null takes the reward of
-    the same name, else the only one, else `score`."""
+    the same name, else the only one, else `score`. TRL does not record `score` for several rewards."""
     steps: list[int] | None = None
     """Steps to score, such as `[1, 50]`; null scores all that are recorded."""

@@ -29,6 +29,7 @@ class Rollouts:
         self.max_steps = max(self.steps[-1], 1)
         self.has_ids = all(trace.token_ids for trace in traces)
         self._parts = list(dict.fromkeys(name for trace in traces for name in trace.parts))
+        self.has_score = len(self._parts) < 2 or any(trace.form != "trl" for trace in traces)
         examples = load_examples(data.name, data.split, data, purpose="eval") if data.name else []
         self._data, self._examples = data, {example.question.strip(): example for example in examples}
         known = next((list(example.columns) for example in self._examples.values()), [])

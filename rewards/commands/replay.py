@@ -79,7 +79,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
         ends = f"{record.steps[0]} to {record.steps[-1]}"
         raise ValueError(f"steps={config.steps}: {run} has no step {missing[0]}; its steps are {ends}")
     steps = record.steps if config.steps is None else sorted(set(config.steps))
-    against = _against(config.against, spec.label, list(record.groups(steps[0])[0][0]["parts"]))
+    against = _against(config.against, spec.label, list(record.groups(steps[0])[0][0]["parts"]), record.has_score)
     result = Replay(str(run), function, against)
     with Scorer(
         [spec],
@@ -126,6 +126,7 @@ class Run:
     """The record of a run of ours."""
 
     has_ids = True
+    has_score = True
 
     def __init__(self, run: Path) -> None:
         settings = _settings(run)
@@ -187,10 +188,15 @@ def _settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def _against(name: str | None, label: str, parts: list[str]) -> str:
-    names = [*parts, SCORE]
+def _against(name: str | None, label: str, parts: list[str], has_score: bool) -> str:
+    """The recorded value to compare with. TRL records neither its weighted sum nor the weights."""
+    names = [*parts, SCORE] if has_score else parts
     if name is None:
-        return label if label in parts else parts[0] if len(parts) == 1 else SCORE
+        name = label if label in parts else parts[0] if len(parts) == 1 else SCORE
+    if name == SCORE and name not in names:
+        raise ValueError(
+            f"the weighted sum of {', '.join(parts)} was not recorded; compare with one of them (against={parts[0]!r})"
+        )
     if name not in names:
         raise ValueError(f"against={name!r} was not recorded{did_you_mean(name, names)}; there are {', '.join(names)}")
     return name

@@ -87,15 +87,18 @@ def _items(turns: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for place, turn in enumerate(turns):
         text = text_of([turn])
         if turn["role"] == "tool":
-            call = calls.pop(0) if calls else "none"
+            named = turn.get("tool_call_id")
+            call = named if named in calls else calls[0] if calls else "none"
+            calls = [other for other in calls if other != call]
             yield {"type": "function_call_output", "call_id": call, "output": text}
         elif turn["role"] == "assistant":
             if text or not turn.get("tool_calls"):
                 content = [{"type": "output_text", "text": text, "annotations": []}]
                 about = {"id": f"message_{place}", "role": "assistant", "status": "completed"}
                 yield {"type": "message", **about, "content": content}
-            made = [call["function"] for call in turn.get("tool_calls") or ()]
-            calls = [f"call_{place}_{i}" for i in range(len(made))]
+            asked = list(turn.get("tool_calls") or ())
+            made = [call["function"] for call in asked]
+            calls = [call.get("id") or f"call_{place}_{i}" for i, call in enumerate(asked)]
             for key, call in zip(calls, made, strict=True):
                 arguments = call["arguments"]
                 arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)

@@ -8,6 +8,7 @@ at that place. So a worker may be killed and replaced at any time.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import random
 import sys
@@ -145,7 +146,7 @@ class _Episode:
 
     def call(self, tool: str, arguments: dict[str, Any]) -> tuple[str, bool]:
         """The text of the result, and whether the tool raised; then the text says what, as with TRL."""
-        self.history.append([tool, arguments])
+        self.history.append([tool, copy.deepcopy(arguments)])  # a tool may change its own
         with self._randomness():
             try:
                 return _short(str(self.loaded.wait(self.tools[tool](**arguments))), tool), False

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 from transformers.utils.chat_parsing.response_templates import load_response_template
@@ -28,7 +28,25 @@ from rollout.environments.response import response_template, with_tools_template
 
 Answers = Callable[[str, Mapping[str, Any]], str]
 LONGEST_CALL = 20_000  # characters; a longer call is refused before it is parsed
-_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"a number is expected, not {value}")
+    return value
+
+
+# The plain types of a JSON schema. A whole number stays one: as a float a long one would lose digits.
+_INTEGER = typing.Annotated[int, BeforeValidator(_not_bool)]
+_NUMBER = typing.Annotated[int | float, BeforeValidator(_not_bool)]
+_TYPES: dict[str, Any] = {
+    "string": str,
+    "integer": _INTEGER,
+    "number": _NUMBER,
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # of a bad call
 # Marks that have a meaning in calls alone, so that in a turn's text they are the rest of a bad one.
 _STRAY = re.compile(

@@ -176,6 +176,66 @@ def test_math_equivalence_reads_the_forms_of_an_answer_and_pays_for_no_answer_th
     assert [exploit for exploit, score in zip(EXPLOITS, scores[len(FORMS) :], strict=True) if score] == []
 
 
+QUANTITIES = [  # a gold answer, completions that are equal to it, and others that are not
+    ("12:30", ["12:30", "The train leaves at 12:30.", r"\boxed{12:30}", "12:30 PM"], ["4:10", "5:30 or 4:10", "0.4"]),
+    ("5:30 PM", ["17:30", "5:30"], ["5:30 AM", "5:31 PM", "not 5:30"]),
+    ("2:4", ["1:2"], ["1:3"]),
+    ("101_2", ["101_2", "$101_{2}$"], ["101", "101_3", "1101_2"]),
+    (
+        "10 m",
+        ["10", "10 m", "10 metres", r"$10\text{ m}$"],
+        ["10 cm", r"\boxed{10\text{ cm}}", "10 m^2", "It is 10 km"],
+    ),
+    ("1,000 km/h", ["1,000 km/h", "1000 km per hour"], ["1,000 m/s", "It is 1,000 m"]),
+    ("3 apples", ["3 apples", "3"], ["4 apples"]),
+    ("[1,2]", [r"1 \le x \le 2", r"so $1 \leq x \leq 2$", "so it is [1, 2]."], [r"1 < x \le 2", r"1 \le x \le 3"]),
+    (r"(2,\infty)", ["$x > 2$", "2 < x"], ["$x < 2$", r"x \geq 2"]),
+    (r"(0,1) \cup (2,3)", [r"so (0,1) \cup (2,3).", r"(2,3) ∪ (0,1)"], ["(0,1)", "3", r"(0,1) \cap (2,3)"]),
+    ("3x", ["3x", "I get 3x."], ["3", "I get 3x + 1."]),
+    (
+        "3",
+        ["so x = 3", "5 - 2 = 3", "**3**", "3 km", "Wow, 3!"],
+        ["I get 3x.", "x^2 + 3 is it", "I get log 3.", "5 - 3 people"],
+    ),
+    (r"2 \pi r h", [r"$2 \pi r h$", r"$2h\pi r$"], [r"$2 \pi r$"]),
+    ("3t", ["3t", r"\boxed{3t}", "Answer: 3t."], ["3", "3c"]),
+    ("3ab", ["3ab", "$3ba$"], ["3"]),
+    (
+        "5",
+        [r"He needs at least $\boxed{5}$", "At least 4? #### 5"],
+        ["at least 5", "more than $5$", "5 or more", "up to 5"],
+    ),
+    ("1000", ["It is 1,000"], ["It is not 1,000"]),
+    (
+        "May 5, 2020",
+        ["5 May 2020", "It was on May 5th, 2020."],
+        ["May 6, 2020", "May 5", "April 5, 2020 or May 6, 2020"],
+    ),
+    ("2020-05-06", ["2020-05-06", "on 2020-05-06."], ["2020-06-05", "2009", "2020-05-06 or 2020-06-05"]),
+    ("12/25/2024", ["12/25/2024"], ["12/25", "25/12/2024"]),
+    ("E'", ["E'", r"$E^{\prime}$"], ["E", "E''"]),
+    ("2x", ["$f'(x) = 2x$", "y' = 2x"], ["$f'(x)$"]),
+    ("1234", ["1\u00a0234", "1\u202f234", "1\u2009234", "\ufeff1234", "It's 1,234"], ["1\u00a0235"]),
+    ("25%", ["25 percent", "25 %", "0.25"], ["0.25%", "26 percent"]),
+    ("1, 2", ["1 and 2", "1 or 2", "x=1 and x=2", "2, 1"], ["1", "1 or 3"]),
+    ("56017895760", [r"56,\!01,\!78,\!95,\!760"], [r"56,\!01"]),
+    ("0", ["0", "0/5"], ["0/0", "1/0"]),
+    ("5000000", ["5 million", "so 5 million people", r"\$5 million", "5,000 thousand"], ["5", "5 billion"]),
+    ("5", ["5", "5 people"], ["5 million", "so 5 million people"]),
+    ("50", ["€50", "so 50€"], ["€5"]),
+]
+
+
+@pytest.mark.parametrize(("gold", "equal", "unequal"), QUANTITIES)
+def test_math_equivalence_compares_times_bases_units_bounds_sets_and_variables(gold, equal, unequal):
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    texts = equal + unequal
+    scores = math_equivalence(None, texts, answer=[gold] * len(texts))
+    assert dict(zip(texts, scores, strict=True)) == dict.fromkeys(equal, 1.0) | dict.fromkeys(unequal, 0.0)
+
+
 HOSTILE = [
     "####",
     r"\boxed{",
@@ -194,12 +254,24 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("unit", HOSTILE)
+@pytest.mark.parametrize("unit", [*HOSTILE, "t\n", "r h ", "3 "])
 def test_a_hundred_thousand_characters_are_rewritten_in_bounded_time(unit):
     text = (unit * 100_000)[:100_000]
     started = time.process_time()
     in_latex(readable(text))
     assert time.process_time() - started < 2.0  # quadratic time would take minutes
+
+
+@pytest.mark.parametrize(
+    "unit", ["(\\a", "(1", "1 - ", "x_{1}", "\\frac{1}", "3t ", "1,", "{1}", "May 5 ", "12:30 ", "1! "]
+)
+def test_an_expression_is_found_in_prose_in_bounded_time(unit):
+    pytest.importorskip("math_verify")
+    from rewards.built_in.equivalence import math_equivalence
+
+    started = time.process_time()
+    math_equivalence(None, ["so it is " + unit * 500], answer=["7"])
+    assert time.process_time() - started < 5.0  # exponential time would never end
 
 
 def test_math_equivalence_runs_no_text_as_code(tmp_path):

@@ -54,6 +54,9 @@ GOLDEN = [  # text, strict, flexible, boxed
     ("#### 5**2", None, 2, None),
     ("#### 5 ** 2", None, 2, None),
     ("#### 5!", None, 5, None),
+    ("#### 5 million", None, 5, None),
+    ("#### 5k", None, 5, None),
+    ("#### 5 km", 5, 5, None),
     ("#### **42**!", 42, 42, None),
     ("#### 42\n#### x = 43", None, 43, None),  # a second guess, which cannot be read
     ("#### 42\n#### 1,23", None, 42, None),

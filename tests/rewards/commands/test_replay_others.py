@@ -122,6 +122,11 @@ def test_trls_completions_get_their_columns_from_the_data(mine, tmp_path):
     [step] = result.steps
     assert (step.groups, step.before, step.after) == (2, pytest.approx(2 / 3), 0.5)
     assert [(c.completion, c.before, c.after) for c in result.changes] == [("7", None, 1.0), ("41", 1.0, 0.0)]
+    for options in ({"against": "score"}, {"function": f"{mine}:turns"}):
+        with pytest.raises(
+            ValueError, match=r"sum of ends, short was not recorded; compare with one of them \(against="
+        ):
+            again(tmp_path / "completions", **{"function": f"{mine}:ends", "data": {"name": str(data)}} | options)
     del columns["label"]
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "completions/completions_00001.parquet")
     with pytest.raises(RewardError, match="asks for the column 'answer', which is not there"):

@@ -83,6 +83,12 @@ def test_calls_of_tools_and_their_results_are_items_of_the_response():
     assert (told["type"], told["output"]) == ("function_call_output", "cold")
     assert told["call_id"] == called["call_id"]
     assert (said["type"], said["role"], said["content"][0]["text"]) == ("message", "assistant", "It is cold.")
+    calls = [call | {"id": name} for name in ("a", "b")]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in ("b", "a")]
+    items = response_of([{"role": "assistant", "content": "", "tool_calls": calls}, *results])["output"]
+    assert [(item["call_id"], item.get("output")) for item in items] == [
+        *[("a", None), ("b", None), ("b", "of b"), ("a", "of a")],
+    ]
     assert [item["type"] for item in response_of([{"role": "assistant", "content": ""}])["output"]] == ["message"]
 
 

@@ -7,7 +7,7 @@ import pytest
 import trl
 
 from policies.presets import small_tokenizer
-from rollout.environments.format import LONGEST_CALL, Call, Turn, TurnFormat
+from rollout.environments.format import LONGEST_CALL, BadCall, Call, Turn, TurnFormat
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CORPUS = ["Each gets <<48/2=24>>24 apples.\n", "3 + 4 = 7 sold\n"] * 20
@@ -50,6 +50,27 @@ def plain():
 @pytest.fixture(scope="module")
 def two(plain):
     return TurnFormat(small_tokenizer(CORPUS), [calculate, add])
+
+
+def look(**arguments: object) -> str:
+    return str(arguments)
+
+
+look.json_schema = {
+    "name": "look",
+    "description": "Looks.",
+    "parameters": {"type": "object", "properties": {"number": {"type": "number"}, "count": {"type": "integer"}}},
+}
+
+
+def test_numbers_of_a_schema_keep_their_digits_and_a_truth_value_is_none():
+    form = TurnFormat(small_tokenizer(CORPUS), [look])
+    arguments = {"number": 12345678901234567891, "count": 3}
+    assert form.checked("look", arguments).arguments == arguments
+    assert form.checked("look", {"number": 2.5, "count": "7"}).arguments == {"number": 2.5, "count": 7}
+    for name in arguments:
+        with pytest.raises(BadCall, match="a number is expected, not True"):
+            form.checked("look", {name: True})
 
 
 def read(form: TurnFormat, text: str) -> Turn:
