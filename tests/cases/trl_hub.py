@@ -43,7 +43,7 @@ def _questions() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def write_hub(folder: Path, hf_policy: Callable[..., Any], chat_template: str) -> None:
+def write_hub(folder: Path, hf_policy: Callable[..., Any], templates: Path) -> None:
     """Writes all of them below `folder`, and modules that take the place of the clients of environments' servers."""
     for name, rows in _questions().items():
         place = folder / name
@@ -58,7 +58,8 @@ def write_hub(folder: Path, hf_policy: Callable[..., Any], chat_template: str) -
             )
     _write_pictures(folder / "lmms-lab/multimodal-open-r1-8k-verified")
     for name in MODELS:
-        _write_model(folder / name, hf_policy, chat_template)
+        template = templates / ("qwen3.jinja" if "Qwen3" in name else "qwen2_5.jinja")
+        _write_model(folder / name, hf_policy, template.read_text())
     for name in (*SERVERS, "openenv", "openenv/core", "openenv/core/containers", "openenv/core/containers/runtime"):
         (folder / "servers" / name).mkdir(parents=True)
         (folder / "servers" / name / "__init__.py").write_text(STAND_IN)

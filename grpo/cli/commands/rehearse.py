@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from statistics import fmean, median
@@ -88,8 +89,10 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             look_at_machine(result, run, here=config.device == "cpu")
             seconds = 0.0, 0.0
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
-                try_forms(result, task, prompts)
-                times = [try_functions(result, alone, part) for alone, part in sources_of(config, task)]
+                # In a completion of several turns rewards may read the calls, which no text that is tried here has.
+                has_answers = not config.has_tools and all(source.solution_column for source in config.data)
+                told = try_forms(result, task, prompts) if has_answers else None
+                times = [try_functions(result, alone, part, told) for alone, part in sources_of(config, task)]
                 seconds = max(slowest for slowest, _ in times), max(whole for _, whole in times)
             try_tools(result, task)
             look_at_time(result, config, sizes, prompts, seconds)
@@ -278,38 +281,46 @@ def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
-def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> None:
-    """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all."""
+def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> set[tuple[Task, str]]:
+    """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all.
+    Returns the rewards whose mean is not the same for all of these completions."""
     answers = [example.solution.rpartition("####")[2].strip() for example in task.train[:TRIED]]
     others = [misprint(answer) or next((other for other in answers if other != answer), "") for answer in answers]
     whole = [example.solution for example in task.train[:TRIED]]
-    score = mean_score(task, len(answers))
+    means: defaultdict[tuple[Task, str], list[float]] = defaultdict(list)
+    score = mean_score(task, len(answers), means)
     right = {name: score([form.format(answer) for answer in answers]) for name, form in FORMS.items()}
     right["as it is"] = score(whole)
     name = max(FORMS, key=lambda name: right[name])  # the first of equals
     best, wrong, empty = right[name], score([FORMS[name].format(other) for other in others]), score([""] * len(answers))
     result.facts["scores"] = {"right": best, "wrong": wrong, "empty": empty, "written": name}
+    told = {reward for reward, values in means.items() if not tied(values)}
     if best <= max(wrong, empty):
         what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms"
         what += f", a wrong one {wrong:.3g}, an empty one {empty:.3g}"
         result.add("spoils", "rewards", what, "no reward tells right from wrong: quartet reward test")
-        return
+        return told
     asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in prompt.text for prompt in prompts)]
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
         result.add("spoils", "rewards", what, "give the rewards of form less weight")
     elif name != "as it is" and asked and best > 1.2 * right["as it is"]:
         what = f"right answers score {best:.3g} with {name} and {right['as it is']:.3g} as the data have them, and no "
-        result.add("spoils", "data.template", f"{what}prompt asks for {' and '.join(asked)}", "ask for it")
+        effect: Effect = "warns" if asked == ["boxed"] else "spoils"  # which models of mathematics write unasked
+        result.add(effect, "data.template", f"{what}prompt asks for {' and '.join(asked)}", "ask for it")
     if "<think>" in name and prompts[0].text.rstrip().endswith("<think>"):
         without = score([FORMS[name].format(answer).removeprefix("<think>") for answer in answers])
         if without < best:
             what = f"prompts end with <think>, which completions then lack: they score {without:.3g}, with it "
             result.add("spoils", "rewards", f"{what}{best:.3g}", "let the reward do without <think>")
+    return told
 
 
-def mean_score(task: Task, count: int) -> Callable[[Sequence[str]], float]:
-    """Gives the mean score of a text for each of the first examples, by all rewards of the run with their weights."""
+def mean_score(
+    task: Task, count: int, means: defaultdict[tuple[Task, str], list[float]]
+) -> Callable[[Sequence[str]], float]:
+    """Gives the mean score of a text for each of the first examples, by all rewards of the run with their weights.
+    `means` gets what each reward of each source gave on average."""
     examples = task.train[:count]
     more = dict.fromkeys([*(task.models.names if task.models else []), *task.actor.columns], 0.0)
 
@@ -331,6 +342,9 @@ def mean_score(task: Task, count: int) -> Callable[[Sequence[str]], float]:
                 messages=[part.template.messages(example) for example in own],
             )
             marks += [group.rewards[0] for group in groups if group.rewards[0] is not None]
+            for label in groups[0].parts:
+                values = [value for group in groups if (value := group.parts[label][0]) is not None]
+                means[part, label].append(fmean(values or [math.nan]))
         return fmean(marks) if marks else 0.0
 
     return score
@@ -347,10 +361,12 @@ def sources_of(config: TrainConfig, task: Task) -> Iterator[tuple[TrainConfig, T
         yield cast(TrainConfig, options_of_source(config, source)), task.parts[str(source.label)]
 
 
-def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[float, float]:
+def try_functions(
+    result: Rehearsal, config: TrainConfig, task: Task, told: set[tuple[Task, str]] | None
+) -> tuple[float, float]:
     """Tries each function as `quartet reward test` does. Returns the seconds for a completion of the slowest, and of
-    all."""
-    seconds, written = list[float](), result.facts["scores"]["written"]
+    all. `told` is what `try_forms` returned; None if it cannot be called."""
+    seconds, written = list[float](), "" if told is None else result.facts["scores"]["written"]
     data = {name: getattr(config.data[0], name) for name in RewardTestConfig().data.model_dump()} | {"limit": TRIED}
     effect: Effect = "ends" if config.reward.on_error == "abort" else "spoils"
     scoring = {name: getattr(config.reward, name) for name in ("timeout_s", "pass_variables")}
@@ -369,7 +385,7 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[f
             continue
         seconds.append(1 / check.completions_per_second)
         result.facts[f"reward {label}"] = {kind.kind: kind.mean for kind in check.kinds if kind.count}
-        if tied([kind.mean for kind in check.kinds]):
+        if told is not None and (task, label) not in told and tied([kind.mean for kind in check.kinds]):
             check.problems.append("all kinds of completions score the same, and a constant teaches nothing")
         for problem in check.problems:
             result.add("spoils", key, problem, f"quartet reward test {reward.function} shows it")

@@ -57,8 +57,8 @@ def pages(folder: Path) -> list[Path]:
 @pytest.mark.skipif("QUARTET_TRL" not in os.environ, reason="QUARTET_TRL names no checkout of TRL's repository")
 def test_every_script_of_trls_converts_or_is_refused(copied_scripts, hf_policy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
-    write_hub(tmp_path, hf_policy, template)
+    write_hub(tmp_path, hf_policy, Path(trl.__file__).parent / "chat_templates")
+    capsys.readouterr()
     monkeypatch.syspath_prepend(tmp_path / "servers")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "servers"))
     rows = []
