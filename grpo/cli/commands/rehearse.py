@@ -91,7 +91,7 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
                 # In a completion of several turns rewards may read the calls, which no text that is tried here has.
                 has_answers = not config.has_tools and all(source.solution_column for source in config.data)
-                told = try_forms(result, task, prompts) if has_answers else None
+                told = try_forms(result, task, prompts, str(tokenizer.chat_template)) if has_answers else None
                 times = [try_functions(result, alone, part, told) for alone, part in sources_of(config, task)]
                 seconds = max(slowest for slowest, _ in times), max(whole for _, whole in times)
             try_tools(result, task)
@@ -281,9 +281,10 @@ def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
-def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> set[tuple[Task, str]]:
-    """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all.
-    Returns the rewards whose mean is not the same for all of these completions."""
+def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], chat_template: str) -> set[tuple[Task, str]]:
+    """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all. A form
+    that the model's `chat_template` knows needs no prompt that asks for it. Returns the rewards whose mean is not the
+    same for all of these completions."""
     answers = [example.solution.rpartition("####")[2].strip() for example in task.train[:TRIED]]
     others = [misprint(answer) or next((other for other in answers if other != answer), "") for answer in answers]
     whole = [example.solution for example in task.train[:TRIED]]
@@ -300,7 +301,8 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> set[t
         what += f", a wrong one {wrong:.3g}, an empty one {empty:.3g}"
         result.add("spoils", "rewards", what, "no reward tells right from wrong: quartet reward test")
         return told
-    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in prompt.text for prompt in prompts)]
+    texts = [chat_template, *(prompt.text for prompt in prompts)]
+    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in text for text in texts)]
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
         result.add("spoils", "rewards", what, "give the rewards of form less weight")
