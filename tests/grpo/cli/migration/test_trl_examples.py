@@ -28,8 +28,23 @@ ARGUMENTS = {  # those of each script's own docstring
     "grpo_agent.py": f"--model_name_or_path Qwen/Qwen3-1.7B --output_dir out {AGENT}",
     "grpo_vlm.py": PICTURES,
     "gspo_vlm.py": PICTURES,
+    "carla_vlm_gemma.py": "--env-urls http://localhost:1 http://localhost:2",
     "grpo.py": "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/DeepMath-103K "
     "--reward_funcs accuracy_reward --output_dir out",
+}
+REASONS = {  # of those that are refused, by what `quartet from-trl` prints
+    "a reward reads the environments' objects": r"a reward reads `environments`",
+    "its data has pictures": r"its rows have pictures",
+    "it has no data": r"the trainer has none",
+    "another trainer": r"AsyncGRPOTrainer is not read",
+    "it asks a server or the hub first, which are not here": r"printed last:.*(openreward|LocalEntryNotFoundError)",
+    "the page shows a part of it only": r"printed last:.*NameError",
+}
+TRUE = {  # what is wrong with a script of theirs
+    "grpo_continuous_batching.py": r"TRL itself refuses.*\(8\) must be divisible by num_generations \(32\)",
+    "grpo_trainer_4.py": r"TRL itself refuses.*\(4\) must be divisible by num_generations \(8\)",  # alone
+    "grpo_trainer_13.py": r"NameError: name 'check_math_solution' is not defined",
+    "lora_without_regret_1.py": r"the model thinks before it answers, and 512 tokens cut it",
 }
 
 
@@ -61,24 +76,26 @@ def test_every_script_of_trls_converts_or_is_refused(copied_scripts, hf_policy, 
     capsys.readouterr()
     monkeypatch.syspath_prepend(tmp_path / "servers")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "servers"))
-    rows = []
+    lines, false = [], []
     for script in [*scripts(), *pages(tmp_path)]:
         words = [str(script), f"--arguments={ARGUMENTS.get(script.name, '')}"]
-        out = tmp_path / "converted" / script.stem
-        ended = main(["from-trl", *words, "--out", f"{out}.yaml", "--json", f"{out}.json"])
-        said = capsys.readouterr()
+        ended = main(["from-trl", *words, "--out", f"converted/{script.stem}.yaml"])
+        said = capsys.readouterr().err
+        reason = next((words for words, printed in REASONS.items() if re.search(printed, said, re.DOTALL)), "")
         if ended:
-            rows.append((script.name, "refused", said.err.strip(), []))
+            lines.append(f"{script.name:30} is refused: {reason or said}")
+            false += [] if reason else [script.name]
             continue
-        lost = [each["option"] for each in json.loads(Path(f"{out}.json").read_text())["unsupported"]]
-        main(["rehearse", *words, "--json", str(tmp_path / "rehearsal.json"), "--threads", "1"])
+        main(["rehearse", *words, "--json", "rehearsal.json", "--threads", "1"])
         capsys.readouterr()
-        rehearsal = json.loads((tmp_path / "rehearsal.json").read_text())
-        found = [f"{f['effect']} {f['key']}: {f['what']}" for f in rehearsal["findings"]]
-        rows.append((script.name, "converts", f"lost: {', '.join(lost)}", found))
+        findings = json.loads(Path("rehearsal.json").read_text())["findings"]
+        worst = [each for each in findings if each["effect"] != "warns"]
+        lines.append(f"{script.name:30} converts; {len(worst)} findings and {len(findings) - len(worst)} warnings")
+        for finding in worst:
+            lines.append(f"{'':30} {finding['effect']} {finding['key'] or 'run'}: {finding['what'][:200]}")
+            if not re.search(TRUE.get(script.name, "nothing"), finding["what"]):
+                false.append(lines[-1])
     with capsys.disabled():
-        print()
-        for name, outcome, why, found in rows:
-            print(f"{name:32} {outcome:9} {why}")
-            for line in found:
-                print(f"{'':32} {line[:260]}")
+        print("", *lines, sep="\n")
+    assert false == []
+    assert sum("converts" in line for line in lines) >= 10
