@@ -308,10 +308,7 @@ class Task:
     def solution(self, example: Example, tokenizer: PreTrainedTokenizerBase, stop: int) -> PackedRow:
         """Prompt and gold solution as a row to learn from; the solution ends with the stop token. GSM8K's calculator
         marks (`<<48/2=24>>`) are dropped: nothing computes them at test time."""
-        prompt, marked = (
-            self.prompt(example, tokenizer),
-            example.columns.get(self.solution_column, example.solution),
-        )
+        prompt, marked = self.prompt(example, tokenizer), example.columns.get(self.solution_column, example.solution)
         row = self.actor.solution(prompt, marked, tokenizer, stop)
         if row is None:
             ids = [*tokenizer.encode(example.solution, add_special_tokens=False), stop]

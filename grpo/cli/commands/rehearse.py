@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from statistics import fmean, median
@@ -89,10 +88,10 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             look_at_machine(result, run, here=config.device == "cpu")
             seconds = 0.0, 0.0
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
-                # In a completion of several turns rewards may read the calls, which no text that is tried here has.
-                has_answers = not config.has_tools and all(source.solution_column for source in config.data)
-                told = try_forms(result, task, prompts, str(tokenizer.chat_template)) if has_answers else None
-                times = [try_functions(result, alone, part, told) for alone, part in sources_of(config, task)]
+                # In a completion of several turns rewards may read the calls, which no text that is tried has.
+                if not config.has_tools and all(source.solution_column for source in config.data):
+                    try_forms(result, task, prompts, str(tokenizer.chat_template))
+                times = [try_functions(result, alone, part) for alone, part in sources_of(config, task)]
                 seconds = max(slowest for slowest, _ in times), max(whole for _, whole in times)
             try_tools(result, task)
             look_at_time(result, config, sizes, prompts, seconds)
@@ -281,26 +280,23 @@ def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
-def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], chat_template: str) -> set[tuple[Task, str]]:
+def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], chat_template: str) -> None:
     """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all. A form
-    that the model's `chat_template` knows needs no prompt that asks for it. Returns the rewards whose mean is not the
-    same for all of these completions."""
+    that the model's `chat_template` has needs no prompt that asks for it."""
     answers = [example.solution.rpartition("####")[2].strip() for example in task.train[:TRIED]]
     others = [misprint(answer) or next((other for other in answers if other != answer), "") for answer in answers]
     whole = [example.solution for example in task.train[:TRIED]]
-    means: defaultdict[tuple[Task, str], list[float]] = defaultdict(list)
-    score = mean_score(task, len(answers), means)
+    score = mean_score(task, len(answers))
     right = {name: score([form.format(answer) for answer in answers]) for name, form in FORMS.items()}
     right["as it is"] = score(whole)
     name = max(FORMS, key=lambda name: right[name])  # the first of equals
     best, wrong, empty = right[name], score([FORMS[name].format(other) for other in others]), score([""] * len(answers))
     result.facts["scores"] = {"right": best, "wrong": wrong, "empty": empty, "written": name}
-    told = {reward for reward, values in means.items() if not tied(values)}
     if best <= max(wrong, empty):
         what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms"
         what += f", a wrong one {wrong:.3g}, an empty one {empty:.3g}"
         result.add("spoils", "rewards", what, "no reward tells right from wrong: quartet reward test")
-        return told
+        return
     texts = [chat_template, *(prompt.text for prompt in prompts)]
     asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in text for text in texts)]
     if wrong > 0.8 * best > 0:
@@ -315,14 +311,10 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], chat_tem
         if without < best:
             what = f"prompts end with <think>, which completions then lack: they score {without:.3g}, with it "
             result.add("spoils", "rewards", f"{what}{best:.3g}", "let the reward do without <think>")
-    return told
 
 
-def mean_score(
-    task: Task, count: int, means: defaultdict[tuple[Task, str], list[float]]
-) -> Callable[[Sequence[str]], float]:
-    """Gives the mean score of a text for each of the first examples, by all rewards of the run with their weights.
-    `means` gets what each reward of each source gave on average."""
+def mean_score(task: Task, count: int) -> Callable[[Sequence[str]], float]:
+    """Gives the mean score of a text for each of the first examples, by all rewards of the run with their weights."""
     examples = task.train[:count]
     more = dict.fromkeys([*(task.models.names if task.models else []), *task.actor.columns], 0.0)
 
@@ -344,9 +336,6 @@ def mean_score(
                 messages=[part.template.messages(example) for example in own],
             )
             marks += [group.rewards[0] for group in groups if group.rewards[0] is not None]
-            for label in groups[0].parts:
-                values = [value for group in groups if (value := group.parts[label][0]) is not None]
-                means[part, label].append(fmean(values or [math.nan]))
         return fmean(marks) if marks else 0.0
 
     return score
@@ -363,12 +352,10 @@ def sources_of(config: TrainConfig, task: Task) -> Iterator[tuple[TrainConfig, T
         yield cast(TrainConfig, options_of_source(config, source)), task.parts[str(source.label)]
 
 
-def try_functions(
-    result: Rehearsal, config: TrainConfig, task: Task, told: set[tuple[Task, str]] | None
-) -> tuple[float, float]:
+def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[float, float]:
     """Tries each function as `quartet reward test` does. Returns the seconds for a completion of the slowest, and of
-    all. `told` is what `try_forms` returned; None if it cannot be called."""
-    seconds, written = list[float](), "" if told is None else result.facts["scores"]["written"]
+    all."""
+    seconds, as_it_is = list[float](), result.facts.get("scores", {}).get("written") == "as it is"
     data = {name: getattr(config.data[0], name) for name in RewardTestConfig().data.model_dump()} | {"limit": TRIED}
     effect: Effect = "ends" if config.reward.on_error == "abort" else "spoils"
     scoring = {name: getattr(config.reward, name) for name in ("timeout_s", "pass_variables")}
@@ -379,7 +366,7 @@ def try_functions(
             continue
         key, declared = f"rewards[{i}].function", task.scorer.right_at(label)
         options: dict[str, Any] = {name: getattr(reward, name) for name in ("arguments",)}
-        options |= {"data": data, "reward": scoring, "shaping": declared is None or i > 0 or written != "as it is"}
+        options |= {"data": data, "reward": scoring, "shaping": declared is None or i > 0 or not as_it_is}
         try:
             check = check_reward(reward.function, RewardTestConfig(**options))
         except REFUSALS as error:
@@ -387,7 +374,7 @@ def try_functions(
             continue
         seconds.append(1 / check.completions_per_second)
         result.facts[f"reward {label}"] = {kind.kind: kind.mean for kind in check.kinds if kind.count}
-        if told is not None and (task, label) not in told and tied([kind.mean for kind in check.kinds]):
+        if as_it_is and tied([kind.mean for kind in check.kinds]):
             check.problems.append("all kinds of completions score the same, and a constant teaches nothing")
         for problem in check.problems:
             result.add("spoils", key, problem, f"quartet reward test {reward.function} shows it")
