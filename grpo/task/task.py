@@ -102,7 +102,7 @@ class Task:
         messages = self.template.messages(first)  # raises for a chat that cannot be made
         # A chat template is the model's, and no model is loaded yet: the bare question then replaces its text.
         prompt = first.question if self.template.is_chat else self.template.render(first)
-        self.solution_column = data.solution_column
+        self.solution_column = data.solution_column or ""
         self.trainer_state: dict[str, Any] = {"global_step": 0, "max_steps": 1, "epoch": 0.0}
         self.prompts_per_step = 0
         self.leads, self.scores, self.on_error = scores, scores and bool(rewards), scoring.on_error
@@ -162,7 +162,11 @@ class Task:
         context = known_context(config.model) if model_known else None
         learns = isinstance(config, LearningConfig) and config.supervision.steps > 0  # from solutions
         [source] = config.data
-        read = [source.prompt_column, *([source.solution_column] if learns else [])]
+        if source.solution_column is None and (learns or source.few_shot):
+            raise ValueError(
+                "data.solution_column=null: supervised steps and few_shot show solutions; name the column that has them"
+            )
+        read = [column for column in (source.prompt_column, learns and source.solution_column) if column]
         task = cls(
             source,
             [] if scores_nothing(config) else rewards_of_source(config, source),

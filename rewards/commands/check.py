@@ -96,6 +96,7 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
     """Gives what `check_reward` has found with the completions that it was found on."""
     find_reward(function)  # a misspelt name must not cost a download
     data, scoring = config.data, config.reward
+    shaping = config.shaping or data.solution_column is None
     examples = load_examples(data.name, data.split, data, purpose="eval", limit=data.limit)
     spec = RewardSpec(function, arguments=config.arguments)
     options: dict[str, Any] = {"columns": list(examples[0].columns), "on_error": scoring.on_error}
@@ -104,7 +105,7 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
         max_score = verdicts.max_score if config.max_score is None else config.max_score
         sha256 = scorer.describe()[0]["sha256"]
-        trial.check = check = RewardCheck(function, sha256, data.name, len(examples), max_score, config.shaping)
+        trial.check = check = RewardCheck(function, sha256, data.name, len(examples), max_score, shaping)
         started = time.perf_counter()
         trial.scores = trial.score(scorer)
         check.completions_per_second = sum(map(len, trial.scores)) / (time.perf_counter() - started)

@@ -27,8 +27,8 @@ class ProblemOptions(Options):
     [1, 2]}; of a reasoning_gym task its own, such as {max_animals: 4}."""
     prompt_column: str = "question"
     """The column that becomes the prompt: text, or chat messages (template: chat). `a.b` is `b` inside `a`."""
-    solution_column: str = "answer"
-    """The column with the gold solution, also `a.b`; rewards receive it under its own name."""
+    solution_column: str | None = "answer"
+    """The column with the gold solution, also `a.b`; rewards receive it under its own name. null: there is none."""
 
 
 class TemplateOptions(Options):

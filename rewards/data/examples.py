@@ -38,7 +38,8 @@ _CALCULATOR_MARK = re.compile(r"<<[-+*/().=\d]*>>")
 
 @dataclass(frozen=True)
 class Example:
-    """One problem. `solution` is ready to train on (`clean_solution`); `columns` go to the rewards.
+    """One problem. `solution` is ready to train on (`clean_solution`), and empty if the data has none; `columns` go to
+    the rewards.
 
     `messages` are the prompt where the data has it as a chat (TRL's conversational form); `question` is then what its
     last message says.
@@ -136,7 +137,7 @@ def load_examples(
         numbered = enumerate(load_dataset(name, config or None, split=split), start=1)
     if purpose == "train":
         checks = [_of_the_test, *checks]
-    needed = [options.prompt_column, options.solution_column]
+    needed = [column for column in (options.prompt_column, options.solution_column) if column]
     try:
         rows = [(number, with_inner(row, needed)) for number, row in islice(numbered, limit)]
     except Exception as error:  # whatever a library raises for a damaged file
@@ -232,7 +233,7 @@ def _checked(
     needed: list[str],
     checks: Sequence[Check],
 ) -> list[Example]:
-    """`needed` are the columns of the prompt and of the solution."""
+    """`needed` are the columns of the prompt and of the solution, if the data has one."""
     if not rows:
         raise ValueError(f"{source} has no rows")
     columns = list(dict.fromkeys(chain.from_iterable(row for _, row in rows if isinstance(row, dict))))
@@ -312,11 +313,14 @@ def _texts(values: Iterable[Any]) -> Iterable[Any]:
             yield from (message.get("content") for message in value if isinstance(message, dict))
 
 
-def _example(example_id: str, row: dict[str, Any], prompt_column: str, solution_column: str) -> Example:
-    asked, solution = row[prompt_column], row[solution_column]
+def _example(example_id: str, row: dict[str, Any], prompt_column: str, solution_column: str | None = None) -> Example:
+    asked = row[prompt_column]
     messages = asked if isinstance(asked, list) else None
     question = text_of(messages[-1:]) if messages else str(asked)
+    columns = {"question": question, **row, prompt_column: messages or question}
+    if solution_column is None:
+        return Example(example_id, question, "", columns, messages)
+    solution = row[solution_column]
     solution = text_of(solution[-1:]) if isinstance(solution, list) else str(solution)
-    columns = {"answer": solution, "question": question, **row, prompt_column: messages or question}
-    columns[solution_column] = solution
+    columns = {"answer": solution, **columns, solution_column: solution}
     return Example(example_id, question, clean_solution(solution), columns, messages)

@@ -300,7 +300,7 @@ def _is_of(environment: str) -> dict[str, Any]:
 
 
 def _plays(
-    spec: EnvironmentSpec, form: ScriptForm, examples: Sequence[Example], solution_column: str
+    spec: EnvironmentSpec, form: ScriptForm, examples: Sequence[Example], solution_column: str | None
 ) -> dict[str, list[Play]]:
     """The plays of each kind of script, one for each row."""
     odd, long = _calls(form, VALUES), _calls(form, VALUES | {"string": ["word " * (LONG // 5)]})
@@ -315,7 +315,7 @@ def _plays(
     return {script: several for script, several in plays.items() if several}
 
 
-def _demonstration(spec: EnvironmentSpec, example: Example, solution_column: str) -> list[str]:
+def _demonstration(spec: EnvironmentSpec, example: Example, solution_column: str | None) -> list[str]:
     """The turns that the class offers for this row, or those of the marks in its solution; there may be none."""
     offer = getattr(load_class(path_of(spec, ""), "environment"), "_demonstration", None) if spec.environments else None
     if offer is not None:
@@ -326,7 +326,7 @@ def _demonstration(spec: EnvironmentSpec, example: Example, solution_column: str
                 f"_demonstration fails on {example.example_id}: {type(error).__name__}: {error}; it gets the "
                 'columns of the row, and gives calls such as [("guess", {"number": 7})]'
             ) from error
-    text = str(example.columns[solution_column])
+    text = str(example.columns.get(solution_column or "", ""))
     pieces = re.split(r"(<<[^<>\n]*=)[^<>\n]*>>", text)  # text and mark in turns
     turns = [before + mark for before, mark in zip_longest(pieces[::2], pieces[1::2], fillvalue="")]
     return turns if len(turns) > 1 else []

@@ -88,7 +88,9 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             look_at_machine(result, run, here=config.device == "cpu")
             seconds = 0.0, 0.0
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
-                try_forms(result, task, prompts)
+                # In a completion of several turns rewards may read the calls, which no text that is tried has.
+                if not config.has_tools and all(source.solution_column for source in config.data):
+                    try_forms(result, task, prompts, str(tokenizer.chat_template))
                 times = [try_functions(result, alone, part) for alone, part in sources_of(config, task)]
                 seconds = max(slowest for slowest, _ in times), max(whole for _, whole in times)
             try_tools(result, task)
@@ -278,8 +280,9 @@ def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
-def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> None:
-    """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all."""
+def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], chat_template: str) -> None:
+    """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all. A form
+    that the model's `chat_template` has needs no prompt that asks for it."""
     answers = [example.solution.rpartition("####")[2].strip() for example in task.train[:TRIED]]
     others = [misprint(answer) or next((other for other in answers if other != answer), "") for answer in answers]
     whole = [example.solution for example in task.train[:TRIED]]
@@ -294,13 +297,15 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt]) -> None:
         what += f", a wrong one {wrong:.3g}, an empty one {empty:.3g}"
         result.add("spoils", "rewards", what, "no reward tells right from wrong: quartet reward test")
         return
-    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in prompt.text for prompt in prompts)]
+    texts = [chat_template, *(prompt.text for prompt in prompts)]
+    asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in text for text in texts)]
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
         result.add("spoils", "rewards", what, "give the rewards of form less weight")
     elif name != "as it is" and asked and best > 1.2 * right["as it is"]:
         what = f"right answers score {best:.3g} with {name} and {right['as it is']:.3g} as the data have them, and no "
-        result.add("spoils", "data.template", f"{what}prompt asks for {' and '.join(asked)}", "ask for it")
+        effect: Effect = "warns" if asked == ["boxed"] else "spoils"  # which models of mathematics write unasked
+        result.add(effect, "data.template", f"{what}prompt asks for {' and '.join(asked)}", "ask for it")
     if "<think>" in name and prompts[0].text.rstrip().endswith("<think>"):
         without = score([FORMS[name].format(answer).removeprefix("<think>") for answer in answers])
         if without < best:
@@ -350,7 +355,7 @@ def sources_of(config: TrainConfig, task: Task) -> Iterator[tuple[TrainConfig, T
 def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[float, float]:
     """Tries each function as `quartet reward test` does. Returns the seconds for a completion of the slowest, and of
     all."""
-    seconds, written = list[float](), result.facts["scores"]["written"]
+    seconds, as_it_is = list[float](), result.facts.get("scores", {}).get("written") == "as it is"
     data = {name: getattr(config.data[0], name) for name in RewardTestConfig().data.model_dump()} | {"limit": TRIED}
     effect: Effect = "ends" if config.reward.on_error == "abort" else "spoils"
     scoring = {name: getattr(config.reward, name) for name in ("timeout_s", "pass_variables")}
@@ -361,7 +366,7 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[f
             continue
         key, declared = f"rewards[{i}].function", task.scorer.right_at(label)
         options: dict[str, Any] = {name: getattr(reward, name) for name in ("arguments",)}
-        options |= {"data": data, "reward": scoring, "shaping": declared is None or i > 0 or written != "as it is"}
+        options |= {"data": data, "reward": scoring, "shaping": declared is None or i > 0 or not as_it_is}
         try:
             check = check_reward(reward.function, RewardTestConfig(**options))
         except REFUSALS as error:
@@ -369,7 +374,7 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[f
             continue
         seconds.append(1 / check.completions_per_second)
         result.facts[f"reward {label}"] = {kind.kind: kind.mean for kind in check.kinds if kind.count}
-        if tied([kind.mean for kind in check.kinds]):
+        if as_it_is and tied([kind.mean for kind in check.kinds]):
             check.problems.append("all kinds of completions score the same, and a constant teaches nothing")
         for problem in check.problems:
             result.add("spoils", key, problem, f"quartet reward test {reward.function} shows it")

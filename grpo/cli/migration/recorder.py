@@ -11,9 +11,10 @@ import functools
 import inspect
 import json
 import os
+import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 MOST_STREAMED = 10_000  # rows of a stream that are written
-SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "completion")  # columns, the best first
+# Words in the names of columns with reference answers, the best first.
+SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "reference", "completion")
 GOLD = "gold_text"
 facts: dict[str, Any] = {}  # what will be written
 hub_sources: dict[str, dict[str, Any]] = {}  # what was loaded from the hub, by the fingerprint of its rows
@@ -172,6 +174,8 @@ def facts_of(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     config = arguments.pop("args", None) or GRPOConfig()
     rewards = arguments.pop("reward_funcs", None) or []
+    rewards = rewards if isinstance(rewards, list | tuple) else [rewards]
+    read = {name for each in rewards if callable(each) for name in inspect.signature(each).parameters}
     environments, lora = arguments.pop("environment_factory", None) or {}, arguments.pop("peft_config", None)
     environments = environments if isinstance(environments, dict) else {"": environments}
     changed = {name for name, value in config.as_derived.items() if getattr(config, name) != value}
@@ -185,10 +189,11 @@ def facts_of(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
         "of_other_versions": plain(getattr(config, "of_other_versions", {})),
         "refused": getattr(config, "refused", None),
         "model": model_facts(arguments.pop("model", None)) | ({} if lora is None else {"lora": values_of(lora)}),
-        "rewards": [function_of(each) for each in (rewards if isinstance(rewards, list | tuple) else [rewards])],
+        "rewards": [function_of(each) for each in rewards],
+        "read": sorted(read),
         "tools": [function_of(each) for each in arguments.pop("tools", None) or []],
         "environments": {name: function_of(each) for name, each in environments.items()},
-        "data": data_facts(arguments.pop("train_dataset", None), arguments.pop("eval_dataset", None), folder),
+        "data": data_facts(arguments.pop("train_dataset", None), arguments.pop("eval_dataset", None), read, folder),
         "tokenizer": tokenizer_facts(arguments.pop("processing_class", None)),
         "quantization": plain(arguments.pop("quantization_config", None)) or {},
         "assigned": [],
@@ -237,40 +242,60 @@ def function_of(value: object) -> dict[str, Any]:
     return {"text": plain(value)}
 
 
-def data_facts(train: object, test: object, folder: Path) -> dict[str, Any]:
-    """Tells what the rows are. They are written into files, unless they are those of a dataset of the hub as it is."""
+def data_facts(train: object, test: object, read: set[str], folder: Path) -> dict[str, Any]:
+    """Tells what the rows are. They are written into files, unless they are those of a dataset of the hub as it is.
+    `read` are the columns that rewards read."""
     if isinstance(test, dict):
         test = next(iter(test.values()), None)
     parts = {name: rows for name, rows in {"train": train, "test": test}.items() if rows is not None}
-    summaries = {name: rows_facts(rows) for name, rows in parts.items()}
+    summaries = {name: rows_facts(rows, read) for name, rows in parts.items()}
     sources = {part["source"] and part["source"]["name"] for part in summaries.values()}
     if None in sources or len(sources) > 1:
-        for name, rows in parts.items():
-            write_rows(rows, folder / f"{name}.jsonl", summaries[name]["solution"])
-            summaries[name] |= {"source": None, "solution": GOLD}
+        files = {name: folder / f"{name}.jsonl" for name in parts}
+        solved = [write_rows(parts[name], file, summaries[name]["solution"]) for name, file in files.items()]
+        for summary in summaries.values():
+            summary |= {"source": None, "solution": GOLD if all(solved) else None}
     return summaries
 
 
-def rows_facts(rows: Dataset) -> dict[str, Any]:
+def solution_of(columns: Iterable[str], read: set[str]) -> str:
+    """The column with reference answers, empty if no name is that of one. Names that only contain a word of SOLUTIONS
+    are those of columns that a reward reads.
+
+    >>> solution_of(["prompt", "answer", "reference_answer"], {"completions", "reference_answer"})
+    'reference_answer'
+    """
+    known = [word for word in SOLUTIONS if word in columns]
+    near = [column for column in columns if column in read and re.search("|".join(SOLUTIONS), column)]
+    return min([*known, *near], key=lambda column: column not in read, default="")
+
+
+def rows_facts(rows: Dataset, read: set[str]) -> dict[str, Any]:
     """Tells how many rows there are and what the first one has; their source, if every row can be read from there."""
     first: dict[str, Any] = next(iter(rows), {})
-    solution = next((name for name in SOLUTIONS if name in first), "")
+    solution = solution_of(first, read)
     is_text = isinstance(first.get(solution), str)  # as other values would not reach the rewards as they are
     return {
         "count": len(rows) if hasattr(rows, "__len__") else None,
         "chat": isinstance(first.get("prompt"), list),
+        "pictures": not {"image", "images"}.isdisjoint(first),
         "solution": solution,
         "source": hub_sources.get(getattr(rows, "_fingerprint", "-")) if is_text else None,
     }
 
 
-def write_rows(rows: Dataset, file: Path, solution: str) -> None:
-    """Writes a line for each row, with a text in the column GOLD, since every row has a gold solution here."""
+def write_rows(rows: Dataset, file: Path, solution: str) -> bool:
+    """Writes a line for each row, with its reference answer as a text in the column GOLD. Returns whether every row has
+    one."""
+    solved = True
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
         for row in islice(rows, None if hasattr(rows, "__len__") else MOST_STREAMED):
-            gold = str(row.get(solution) or "").strip() or "(none)"
-            lines.write(json.dumps({**row, GOLD: gold}, ensure_ascii=False, default=str) + "\n")
+            value = row.get(solution)
+            gold = {} if value is None or not str(value).strip() else {GOLD: str(value).strip()}
+            solved = solved and bool(gold)
+            lines.write(json.dumps({**row, **gold}, ensure_ascii=False, default=str) + "\n")
+    return solved
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,9 @@ def _facts(script: Path, folder: Path, arguments: Sequence[str], timeout_s: floa
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if not facts.is_file():
+            others = set(re.findall(r"(\w+Trainer)\(", script.read_text(encoding="utf-8", errors="replace")))
+            if others and "GRPOTrainer" not in others:
+                end += f"; {', '.join(sorted(others))} is not read"
             last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:])
             raise ValueError(f"{script} is to make a GRPOTrainer, and {end}. It printed last:\n{last}")
         return json.loads(facts.read_text(encoding="utf-8"))
@@ -225,10 +229,12 @@ class _Reading:
         self.migration.lacks_counterparts(values, lora["defaults"], {*carried("lora"), *OF_PEFT})
 
     def _data(self) -> None:
-        if self.train is None or self.train["count"] is None:
-            self.lacks("train_dataset", self.train and "a stream, whose first rows were taken")
         if self.train is None:
-            return
+            raise ValueError("train_dataset: the trainer has none; give it one, with a row for each prompt")
+        if self.train["pictures"]:
+            raise ValueError("train_dataset: its rows have pictures, and a policy reads only text here")
+        if self.train["count"] is None:
+            self.lacks("train_dataset", "a stream, whose first rows were taken")
         source = self.train["source"]
         self.put("data.name", source["name"] if source else relative(self.folder))
         self.put("data.split", source["split"] if source else "train")
@@ -260,7 +266,12 @@ class _Reading:
 
     def _rewards(self) -> None:
         """Sets each reward function by a reference, or a reward model, with its weight."""
-        chat = bool(self.train and self.train["chat"])
+        chat = self.train["chat"]
+        if "environments" in self.facts["read"]:
+            raise ValueError(
+                "reward_funcs: a reward reads `environments`, which are in other processes here; return its score from "
+                "a method get_reward(self) of the environment, which TRL calls too"
+            )
         weights = self.values["reward_weights"] or [1.0] * len(self.facts["rewards"])
         for number, (fact, weight) in enumerate(zip(self.facts["rewards"], weights, strict=False)):
             reward: dict[str, Any] = {"weight": weight}

@@ -85,6 +85,17 @@ def test_solutions_come_from_the_chosen_column(tmp_path):
         assert task.train[0].solution == "5\n#### 5"
 
 
+@pytest.mark.parametrize("options", [{"data": {"few_shot": 1}}, {"sft": {"steps": 1, "batch_size": 2}}])
+def test_data_without_solutions_shows_none(tmp_path, options):
+    (tmp_path / "train.jsonl").write_text('{"question": "Say a."}\n{"question": "Say b."}\n{"question": "Say c."}\n')
+    data = {"name": str(tmp_path / "train.jsonl"), "solution_column": None}
+    config = TrainConfig(
+        output_dir=tmp_path / "r", **options | {"data": SourceOptions(**data | options.get("data", {}))}
+    )
+    with pytest.raises(ValueError, match="data.solution_column=null: supervised steps and few_shot show solutions"):
+        Task.of(config)
+
+
 def test_what_can_be_refused_is_refused_before_a_policy_is_loaded(folder):
     (folder / "wants.py").write_text(
         "def wants_gold(completions, gold): return [0.0] * len(completions)\n"

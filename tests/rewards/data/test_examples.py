@@ -70,6 +70,13 @@ def test_columns_can_be_mapped_and_all_go_to_the_rewards(tmp_path):
     assert (numeric.solution, numeric.columns["answer"]) == ("2", "2")
 
 
+def test_rows_without_a_solution(tmp_path):
+    path = write_jsonl(tmp_path / "bare.jsonl", [{"problem": "Say it.", "level": 3}])
+    [example] = load_examples(path, "train", ProblemOptions(prompt_column="problem", solution_column=None))
+    assert example.solution == ""
+    assert example.columns == {"problem": "Say it.", "question": "Say it.", "level": 3}
+
+
 def test_word_problems_are_examples():
     examples = load_examples("word_problems", "train", limit=50, seed=3)
     assert len(examples) == 50

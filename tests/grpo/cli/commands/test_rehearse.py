@@ -184,6 +184,42 @@ def test_rewards_that_teach_nothing_are_named(bare_model, tmp_path, no_steps, te
     assert any(line.startswith(expected) or expected in line for line in _worst(result)), result.findings
 
 
+THINKS = """
+import re
+
+def thinks(completions, **_):
+    return [float(bool(re.match(r"<think>.*</think>", text, re.DOTALL))) for text in completions]
+
+def right(completions, gold, **_):
+    return [float(text.endswith(answer)) for text, answer in zip(completions, gold)]
+
+def brief(completions, **_):
+    return [0.0 if len(text) > 9 else 1.0 for text in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (["thinks", "right"], {"data.solution_column": "gold", "data.template": "Use <think>. {question}\n"}),
+        (["brief"], {"data.solution_column": None}),
+        (["thinks"], {"data.solution_column": None}),
+        (["right"], {"data.solution_column": "gold", "tools": ["look_up"]}),
+    ],
+)
+def test_a_reward_that_needs_a_form_or_several_turns_is_no_constant(bare_model, tmp_path, no_steps, names, options):
+    """The form is one that another reward of the run asks for, as in TRL's gspo.py."""
+    rows = [{"question": f"{n} plus {n}?", "gold": str(2 * n)} for n in range(40)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "look_up.py").write_text(LOOK_UP)
+    (tmp_path / "own_rewards.py").write_text(THINKS)
+    if "tools" in options:
+        options = options | {"tools": [f"{tmp_path / 'look_up.py'}:look_up"]}
+    rewards = [{"function": f"{tmp_path / 'own_rewards.py'}:{name}"} for name in names]
+    usual = {"data.name": str(tmp_path / "own.jsonl"), "data.held_out": 0.2, "rewards": rewards}
+    assert _worst(rehearse(_config(bare_model, tmp_path, **usual | options))) == []
+
+
 def test_a_template_that_is_applied_twice_and_a_model_that_thinks(chat_model, tmp_path, no_steps):
     rows = [{"question": f"<|im_start|>user\n{n} + 1 = ?", "answer": f"#### {n + 1}"} for n in range(10)]
     data = tmp_path / "train.jsonl"

@@ -15,7 +15,7 @@ from grpo.cli.migration.trl_script import _Reading
 from grpo.config.run import TrainConfig
 
 DEFAULTS = {field.name: plain(field.default) for field in dataclasses.fields(GRPOConfig)}
-ROWS = {"count": 96, "chat": False, "solution": "answer", "source": None}
+ROWS = {"count": 96, "chat": False, "pictures": False, "solution": "answer", "source": None}
 MODEL = {"name": "models/small", "arguments": {}, "lora": None, "type": "llama"}
 
 
@@ -33,6 +33,7 @@ def read(tmp_path, monkeypatch):
             "refused": None,
             "model": model | ({"lora": lora} if lora else {}),
             "rewards": [{"file": str(script), "name": "grade", "module": ""}],
+            "read": ["completions"],
             "tools": [],
             "environments": {},
             "data": {"train": ROWS} | ({"test": test} if test else {}),

@@ -136,8 +136,8 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     assert (config.prompts_per_step, config.steps, config.max_turns) == (2, 8, 512)  # turns have no limit there
     assert (config.eval.limit, config.eval.every, config.eval.samples) == (2, 3, 8)
     assert config.data[0].template == "{prompt}"
-    assert json.loads((tmp_path / "data/train.jsonl").read_text().splitlines()[0])["gold_text"] == "(none)"
-    assert config.data[0].solution_column == "gold_text"
+    assert json.loads((tmp_path / "data/train.jsonl").read_text().splitlines()[0]) == {"prompt": "0?", "note": None}
+    assert config.data[0].solution_column is None
     first, second, model = config.rewards
     assert (first.function, first.arguments) == ("train.py:close_to", {"goal": 3})
     assert second.function == "trl.rewards.format_rewards:think_format_reward"
@@ -149,12 +149,14 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
 
 AFTERWARDS = """
 import inspect
+from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 options = {"temperature": 0.7, "output_dir": "out", "junk": 1}
 known = inspect.signature(GRPOConfig.__init__).parameters
 kwargs = {"model_init_kwargs": '{"dtype": "bfloat16"}', "chat_template_kwargs": '{"enable_thinking": false}'}
 args = GRPOConfig(max_steps=3, **kwargs, **{name: value for name, value in options.items() if name in known})
-trainer = GRPOTrainer("nobody/nothing", reward_funcs=(len,), args=args)
+rows = Dataset.from_list([{"prompt": "1?"}])
+trainer = GRPOTrainer("nobody/nothing", reward_funcs=(len,), args=args, train_dataset=rows)
 trainer.epsilon_low = 0.1
 trainer.model.print_trainable_parameters()
 trainer.train()
@@ -173,7 +175,7 @@ def test_what_a_script_sets_on_its_trainer_is_said(copied_scripts, tmp_path, mon
     assert migration.options["dtype"] == "bfloat16"  # TRL reads JSON, as a command line gives it
     assert migration.options["data"]["chat_template_kwargs"] == {"enable_thinking": False}
     lost = {each.option: each.value for each in migration.unsupported}
-    assert lost == {"trainer": "epsilon_low = 0.1", "train_dataset": None, "reward_funcs": "len"}
+    assert lost == {"trainer": "epsilon_low = 0.1", "reward_funcs": "len"}
 
 
 @pytest.mark.slow
