@@ -92,7 +92,12 @@ def of(language: str) -> list[Any]:
     ]
 
 
-DEMO = {"  steps: 400": "  steps: 5", "prompts_per_step: 32": "prompts_per_step: 4", "limit: 512": "limit: 8"}
+DEMO = {
+    "  steps: 400": "  steps: 5",
+    "  validation: 256": "  validation: 8",
+    "prompts_per_step: 32": "prompts_per_step: 4",
+    "limit: 512": "limit: 8",
+}
 
 
 @pytest.fixture

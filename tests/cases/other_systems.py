@@ -162,6 +162,7 @@ def train_a_step(folder: Path) -> None:
 
     rollout = {"max_completion_tokens": 8, "group_size": 2, "draft_tokens": 0}
     options = {"model": "tiny", "steps": 1, "prompts_per_step": 1, "threads": 1, "rollout": rollout}
+    options |= {"eval": {"limit": 1}}
     result = train(TrainConfig(output_dir=folder / "run", log={"trackers": []}, **options), reward=short)
     assert result.metrics[-1]["reward/mean"] <= 0
     assert sys.platform == "win32" or peak_memory_gib()["rss"] > 0
