@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from grpo.data.folders import around
 from policies.files.atomic import write_file
 from rewards.data.leakage import problem_fingerprint, refuse_overlap
 from rollout.group import Prompt
@@ -88,10 +89,9 @@ def trained_on(model: str | Path) -> frozenset[str]:
 
     `model` is a run, a policy or a checkpoint inside a run, or an export of one.
     """
-    folder = Path(model)
-    places = (folder, folder / "run", folder.parent, folder.parent.parent)
-    for index, place in enumerate(places):
-        if (place / TRAINED_ON).is_file() and (index < 2 or (place / "environment.json").is_file()):
+    of_run = [place for place in around(model) if (place / "environment.json").is_file()]
+    for place in (Path(model), Path(model) / "run", *of_run):
+        if (place / TRAINED_ON).is_file():
             lines = (place / TRAINED_ON).read_bytes().split()
             if wrong := [line for line in lines if not _FINGERPRINT.fullmatch(line)]:
                 raise ValueError(f"{place / TRAINED_ON} is damaged: {wrong[0]!r:.60} is no fingerprint of a problem")

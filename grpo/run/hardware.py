@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from grpo.data.folders import run_of
 from rewards.config.yaml_file import read_yaml
 
 PARAMETERS_PER_THREAD = 8_000_000  # the demo's 2 M learn no faster with two threads, 135 M do
@@ -112,7 +113,7 @@ def saved_threads(output_dir: Path, resume: str | None) -> int | None:
     """
     if resume is None:
         return None
-    runs = [output_dir] if resume == "auto" else [output_dir, *Path(resume).absolute().parents[1:2]]
+    runs = [output_dir] if resume == "auto" else [output_dir, run_of(Path(resume))]
     saved = [run / "config.yaml" for run in runs if (run / "config.yaml").is_file()]
     return read_yaml(saved[0])[0].get("threads") or _asked_for() or _cores() if saved else None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo.config.run import LearningConfig, RunConfig, TrainConfig
+from grpo.data.folders import run_of
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
 from rewards.config.names import sources_of
@@ -66,7 +67,7 @@ def saved_state(
     if saved and place not in saved.state:
         raise ValueError(f"{path} was saved by another command of quartet; resume with that one")
     if resume is not None and not force:
-        runs = [config.output_dir.absolute(), *(path.absolute().parents[1:2] if path else ())]
+        runs = [config.output_dir.absolute(), *([run_of(path).absolute()] if path else ())]
         for run in dict.fromkeys(runs):
             if (run / "config.yaml").exists():
                 refuse_changed_config(run / "config.yaml", config)

@@ -24,6 +24,7 @@ from transformers.distributed import DistributedConfig
 from grpo.config.mtp import MtpConfig
 from grpo.config.policy import ArchitectureOptions, ModelOptions
 from grpo.config.run import LearningConfig, SftConfig, TrainConfig
+from grpo.data.folders import run_of
 from grpo.learner.parallel import ONE_PROCESS, Ranks
 from grpo.run import checkpoint
 from grpo.run.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
     """
     folder = Path(model)
     if (folder / checkpoint.MANIFEST).is_file():
-        return _of_checkpoint(folder, f"a checkpoint of {folder.parent.parent}", read)
+        return _of_checkpoint(folder, f"a checkpoint of {run_of(folder)}", read)
     if not (folder / "environment.json").is_file():
         check_model(model)
         return PolicySource(model, "as given", model, step=_record(folder).get("step"))
@@ -104,7 +105,7 @@ def find_policy(model: str, *, read: bool = True) -> PolicySource:
 
 
 def _of_checkpoint(folder: Path, meaning: str, read: bool) -> PolicySource:
-    ran = _run_config(run := folder.parent.parent)
+    ran = _run_config(run := run_of(folder))
     base = str(run / "warm_start") if (run / "warm_start").is_dir() else find_policy(ran.model, read=False).folder
     saved = checkpoint.load(folder, PARTS) if read else None
     return PolicySource(str(folder), meaning, base, folder, _step_of(folder), saved, ran)
@@ -320,7 +321,7 @@ def holds_head(saved: Checkpoint) -> bool:
 
 def _load_checkpoint(source: PolicySource, saved: Checkpoint, options: ModelOptions, merged: bool) -> Policy:
     assert source.checkpoint is not None
-    config, base = _run_config(source.checkpoint.parent.parent), source.base
+    config, base = _run_config(run_of(source.checkpoint)), source.base
     refuse_preset(source)
     asked = {name: getattr(options, name) for name in ("dtype", "threads", "device")}
     like_the_run = config.model_copy(update=asked)

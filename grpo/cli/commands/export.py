@@ -35,6 +35,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from grpo.cli.commands.model_card import REPORT, Origin, model_card
 from grpo.config.policy import ModelOptions
+from grpo.data.folders import around
 from grpo.data.trained_on import TRAINED_ON
 from grpo.run import checkpoint
 from grpo.source.policy_source import RECORD, PolicySource, find_policy, load_found, shape_of
@@ -137,10 +138,8 @@ def origin_of(model: str) -> Origin:
 
 def _run_around(path: Path) -> Path | None:
     """Returns the run that `path` is, or that holds it as policy/, warm_start/ or checkpoints/step_000010/."""
-    if not path.is_dir():
-        return None
-    path = path.resolve()
-    return next((p for p in (path, path.parent, path.parent.parent) if (p / "environment.json").is_file()), None)
+    folders = around(path) if path.is_dir() else []
+    return next((folder for folder in folders if (folder / "environment.json").is_file()), None)
 
 
 def _read_run(run: Path) -> Run:

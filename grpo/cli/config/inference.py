@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.policy import ModelOptions
 from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
+from grpo.data.folders import run_of
 from rewards.config.data import ChatForm, PromptOptions
 from rewards.config.json_file import expecting
 from rewards.config.names import recorded_options, sources_of
@@ -145,7 +146,7 @@ def defaults_of_run(folder: Path, data: str | None = None) -> dict[str, Any]:
     run's have their own split, columns and number of problems. A failing reward does not end an evaluation: where the
     run says `abort`, the completion has no mark, and the failure is counted.
     """
-    run_folder = folder.parent.parent if (folder / "manifest.json").is_file() else folder
+    run_folder = run_of(folder) if (folder / "manifest.json").is_file() else folder
     path = run_folder / "config.yaml"
     if not path.is_file():
         return {}

@@ -193,6 +193,23 @@ def test_contract_16_a_chain_of_runs_remembers_every_link(tmp_path):
         trained_on(tmp_path / "second")
 
 
+def test_contract_16_a_policy_is_known_by_any_path_that_leads_to_it(tmp_path, monkeypatch):
+    """Through a link, from inside of its folder, and where the disk behind a link holds it."""
+    run, disk = tmp_path / "run", tmp_path / "disk/a/b"
+    for folder in (run / "policy", run / "checkpoints/step_000001", disk):
+        folder.mkdir(parents=True)
+    (run / "environment.json").write_text("{}")
+    record_trained_on(run, [A])
+    (tmp_path / "latest").symlink_to(run / "policy")
+    (tmp_path / "newest").symlink_to(run / "checkpoints/step_000001")
+    (run / "best_policy").symlink_to(disk)
+    for path in (tmp_path / "latest", tmp_path / "newest", run / "best_policy"):
+        assert trained_on(path) == {A}
+    for inside in ("policy", "checkpoints/step_000001"):
+        monkeypatch.chdir(run / inside)
+        assert trained_on(".") == {A}
+
+
 def test_contract_16_a_run_that_held_out_a_share_is_evaluated_on_that_share(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", range(60))
     given = {"output_dir": str(tmp_path), "data.name": str(rows), "data.held_out": 0.25}

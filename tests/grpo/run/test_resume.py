@@ -367,6 +367,9 @@ def test_the_checkpoint_of_another_run_brings_its_configuration_along(micro_conf
     changed = _config(micro_config, folder, "full", **{"seed": 7, "learner.learning_rate": 0.5})
     with pytest.raises(ValueError, match=r"(?s)was started with .*learner.learning_rate: 0.01 then, 0.5 now.*seed: 0"):
         train(changed, resume=path)
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(ValueError, match="learner.learning_rate: 0.01 then, 0.5 now"):
+        train(changed, resume=str(tmp_path / "link"))
     assert not folder.exists()
     with pytest.raises(Stopped):
         train(_config(micro_config, folder, "full"), resume=path, stop_after=4)

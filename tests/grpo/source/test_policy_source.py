@@ -1,12 +1,15 @@
 """One answer to which policy a path means, for every command."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from grpo.cli.commands.export import _run_around
 from grpo.cli.commands.inspect import inspect
+from grpo.cli.config.inference import defaults_of_run
 from grpo.cli.mtp import stores_head
 from grpo.config.mtp import MtpConfig
 from grpo.run.stop import Stopped
@@ -40,6 +43,25 @@ def test_an_unfinished_run_means_its_newest_checkpoint_for_every_command(unfinis
     assert not all(tensor.equal(warm.weights()[name]) for name, tensor in start.weights().items())
     assert not any("lora" in name for name, _ in start.named_parameters())
     assert inspect(str(folder), None)
+
+
+def test_a_checkpoint_is_found_through_links_and_from_inside_of_its_run(unfinished, tmp_path, monkeypatch):
+    """The run around it had been looked for in the words of the path."""
+    config, folder = unfinished
+    saved = folder / "checkpoints/step_000002"
+    expected = find_policy(str(saved), read=False).base
+    (tmp_path / "link").symlink_to(saved)
+    (tmp_path / "moved").mkdir()
+    for name in ("config.yaml", "environment.json", "warm_start"):
+        (tmp_path / "moved" / name).symlink_to(folder / name)
+    (tmp_path / "moved/checkpoints").symlink_to(folder / "checkpoints")
+    monkeypatch.chdir(folder / "checkpoints")
+    for path in ("step_000002", "../checkpoints/step_000002", str(tmp_path / "link")):
+        assert Path(find_policy(path, read=False).base).resolve() == Path(expected)
+        assert defaults_of_run(Path(path))["seed"] == config.seed
+        assert _run_around(Path(path)) == folder
+    assert find_policy(str(tmp_path / "moved"), read=False).step == 2
+    assert _run_around(tmp_path / "moved/checkpoints/step_000002") in (folder, tmp_path / "moved")
 
 
 def test_training_goes_on_from_an_unfinished_run_of_another_folder(unfinished, micro_config, tmp_path):
