@@ -50,9 +50,12 @@ Words such as `+key=value`, `~key` and `{{a:1}}` are read as Hydra reads them. A
 - **Rewards** stay in the script where it can be imported without work (`if __name__ == "__main__":`). Otherwise the
   functions, with what they reach in the script, are copied into `functions.py` beside the data, where no trainer
   starts. A reward that is made while the script runs, such as a function inside a function, must move to the top of a
-  file. verl's `compute_score` is read as [it is](own-reward.md), `verl:FILE.py:compute_score`.
+  file. A reward that reads `environments` is refused, since they are in other processes: return its score from the
+  environment's `get_reward(self)`, which TRL calls too. verl's `compute_score` is read as [it is](own-reward.md), `verl:FILE.py:compute_score`.
 - **Data**: a dataset of the hub that the script passes on as it is keeps its name. Any other is written as
-  `train.jsonl` and `test.jsonl`, with one column more, `gold_text`, since rows have a gold solution here. verl's files
+  `train.jsonl` and `test.jsonl`, with one column more, `gold_text`: the reference answer as a text. It is the column
+  with a usual name, such as `answer`, or one that a reward reads. If some row has none, `data.solution_column` is
+  `null`. A script without training data, or whose data has pictures, is refused. verl's files
   are read where they are; their gold solution is the column `reward_model.ground_truth`.
 - **What is lost** is said in two lists, at the top of the file too: what changes what is learned, and what does not.
   Each line has the reason and the way out.
