@@ -323,11 +323,8 @@ def mean_score(
     def score(texts: Sequence[str]) -> float:
         groups = []
         for prompt, text in zip(prompts, texts, strict=True):
-            groups.append(
-                RolloutGroup(
-                    prompt, [Completion(tokenizer.encode(text, add_special_tokens=False), [], text, "stop", 0)]
-                )
-            )
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            groups.append(RolloutGroup(prompt, [Completion(token_ids, [], text, "stop", 0)]))
         marks = [group.rewards[0] for group in task.score(groups)]
         return fmean([mark for mark in marks if mark is not None] or [0.0])
 
