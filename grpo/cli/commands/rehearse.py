@@ -32,14 +32,15 @@ from policies import presets
 from policies.anatomy import count_parameters
 from policies.devices import device_of
 from policies.policy import Policy, PolicyError
-from rewards.commands.check import STATE, check_reward
+from rewards.commands.check import check_reward
 from rewards.commands.options import RewardTestConfig
 from rewards.commands.probes import misprint
 from rewards.config.data import is_chat
+from rewards.data.examples import Example
 from rewards.scorer import BATCH
 from rewards.ties import tied
 from rollout.environments.thoughts import TOOL, dropping
-from rollout.group import Prompt
+from rollout.group import Completion, Prompt, RolloutGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,9 +89,9 @@ def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | N
             look_at_machine(result, run, here=config.device == "cpu")
             seconds = 0.0, 0.0
             if task.scores and rewards_of(config)[0].function not in OF_OTHERS:
-                # In a completion of several turns rewards may read the calls, which no text that is tried has.
-                if not config.has_tools and all(source.solution_column for source in config.data):
-                    try_forms(result, task, prompts, str(tokenizer.chat_template))
+                # Rewards of several turns may read calls, which no text here has; scores of a model have no scale.
+                if not (config.has_tools or task.models) and all(source.solution_column for source in config.data):
+                    try_forms(result, task, prompts, tokenizer)
                 times = [try_functions(result, alone, part) for alone, part in sources_of(config, task)]
                 seconds = max(slowest for slowest, _ in times), max(whole for _, whole in times)
             try_tools(result, task)
@@ -280,13 +281,13 @@ def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence
 # ---- rewards --------------------------------------------------------------------------------------------------------
 
 
-def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], chat_template: str) -> None:
+def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
     """Finds the form in which right answers score most, and compares it with wrong ones and with nothing at all. A form
-    that the model's `chat_template` has needs no prompt that asks for it."""
-    answers = [example.solution.rpartition("####")[2].strip() for example in task.train[:TRIED]]
-    others = [misprint(answer) or next((other for other in answers if other != answer), "") for answer in answers]
+    that the model's chat template has needs no prompt that asks for it."""
     whole = [example.solution for example in task.train[:TRIED]]
-    score = mean_score(task, len(answers))
+    answers = [solution.rpartition("####")[2].strip() for solution in whole]
+    others = [misprint(answer) or next((other for other in answers if other != answer), "") for answer in answers]
+    score = mean_score(task, tokenizer, task.train[:TRIED])
     right = {name: score([form.format(answer) for answer in answers]) for name, form in FORMS.items()}
     right["as it is"] = score(whole)
     name = max(FORMS, key=lambda name: right[name])  # the first of equals
@@ -297,7 +298,7 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], chat_tem
         what += f", a wrong one {wrong:.3g}, an empty one {empty:.3g}"
         result.add("spoils", "rewards", what, "no reward tells right from wrong: quartet reward test")
         return
-    texts = [chat_template, *(prompt.text for prompt in prompts)]
+    texts = [str(tokenizer.chat_template), *(prompt.text for prompt in prompts)]
     asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in text for text in texts)]
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
@@ -313,30 +314,19 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], chat_tem
             result.add("spoils", "rewards", f"{what}{best:.3g}", "let the reward do without <think>")
 
 
-def mean_score(task: Task, count: int) -> Callable[[Sequence[str]], float]:
-    """Gives the mean score of a text for each of the first examples, by all rewards of the run with their weights."""
-    examples = task.train[:count]
-    more = dict.fromkeys([*(task.models.names if task.models else []), *task.actor.columns], 0.0)
-
-    of_part: dict[Task, list[int]] = {}
-    for place, example in enumerate(examples):
-        of_part.setdefault(task.part_of(example.example_id), []).append(place)
+def mean_score(
+    task: Task, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> Callable[[Sequence[str]], float]:
+    """Gives the mean score of a text for each of these examples, by all rewards of the run with their weights."""
+    prompts = [task.prompt(example, tokenizer) for example in examples]
 
     def score(texts: Sequence[str]) -> float:
-        marks: list[float] = []
-        for part, places in of_part.items():
-            own = [examples[place] for place in places]
-            groups = part.scorer.score(
-                [f"{example.question}\n" for example in own],
-                [[texts[place]] for place in places],
-                [example.columns | more for example in own],
-                prompt_ids=[example.example_id for example in own],
-                completion_ids=[[list(texts[place].encode())] for place in places],
-                trainer_state=STATE,
-                messages=[part.template.messages(example) for example in own],
-            )
-            marks += [group.rewards[0] for group in groups if group.rewards[0] is not None]
-        return fmean(marks) if marks else 0.0
+        groups = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            groups.append(RolloutGroup(prompt, [Completion(token_ids, [], text, "stop", 0)]))
+        marks = [group.rewards[0] for group in task.score(groups)]
+        return fmean([mark for mark in marks if mark is not None] or [0.0])
 
     return score
 

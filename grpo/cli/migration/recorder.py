@@ -14,7 +14,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import Enum
 from itertools import islice
 from pathlib import Path
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer
 
 MOST_STREAMED = 10_000  # rows of a stream that are written
-# Words in the names of columns with reference answers, the best first.
-SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "reference", "completion")
+SOLUTIONS = ("answer", "solution", "ground_truth", "gold", "target", "label", "completion")  # columns, the best first
 GOLD = "gold_text"
 facts: dict[str, Any] = {}  # what will be written
 hub_sources: dict[str, dict[str, Any]] = {}  # what was loaded from the hub, by the fingerprint of its rows
@@ -251,29 +250,18 @@ def data_facts(train: object, test: object, read: set[str], folder: Path) -> dic
     summaries = {name: rows_facts(rows, read) for name, rows in parts.items()}
     sources = {part["source"] and part["source"]["name"] for part in summaries.values()}
     if None in sources or len(sources) > 1:
-        files = {name: folder / f"{name}.jsonl" for name in parts}
-        solved = [write_rows(parts[name], file, summaries[name]["solution"]) for name, file in files.items()]
+        written = [write_rows(parts[name], folder / f"{name}.jsonl", of["solution"]) for name, of in summaries.items()]
         for summary in summaries.values():
-            summary |= {"source": None, "solution": GOLD if all(solved) else None}
+            summary |= {"source": None, "solution": GOLD if all(written) else None}
     return summaries
-
-
-def solution_of(columns: Iterable[str], read: set[str]) -> str:
-    """The column with reference answers, empty if no name is that of one. Names that only contain a word of SOLUTIONS
-    are those of columns that a reward reads.
-
-    >>> solution_of(["prompt", "answer", "reference_answer"], {"completions", "reference_answer"})
-    'reference_answer'
-    """
-    known = [word for word in SOLUTIONS if word in columns]
-    near = [column for column in columns if column in read and re.search("|".join(SOLUTIONS), column)]
-    return min([*known, *near], key=lambda column: column not in read, default="")
 
 
 def rows_facts(rows: Dataset, read: set[str]) -> dict[str, Any]:
     """Tells how many rows there are and what the first one has; their source, if every row can be read from there."""
     first: dict[str, Any] = next(iter(rows), {})
-    solution = solution_of(first, read)
+    known = [name for name in SOLUTIONS if name in first]
+    near = [name for name in first if name in read and re.search("|".join(SOLUTIONS), name)]  # reference_answer
+    solution = min([*known, *near], key=lambda name: name not in read, default="")
     is_text = isinstance(first.get(solution), str)  # as other values would not reach the rewards as they are
     return {
         "count": len(rows) if hasattr(rows, "__len__") else None,
@@ -285,17 +273,17 @@ def rows_facts(rows: Dataset, read: set[str]) -> dict[str, Any]:
 
 
 def write_rows(rows: Dataset, file: Path, solution: str) -> bool:
-    """Writes a line for each row, with its reference answer as a text in the column GOLD. Returns whether every row has
-    one."""
-    solved = True
+    """Writes a line for each row, with its reference answer as a text in the column GOLD, which may be empty. Returns
+    whether every row has one."""
+    complete = True
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as lines:
         for row in islice(rows, None if hasattr(rows, "__len__") else MOST_STREAMED):
             value = row.get(solution)
-            gold = {} if value is None or not str(value).strip() else {GOLD: str(value).strip()}
-            solved = solved and bool(gold)
-            lines.write(json.dumps({**row, **gold}, ensure_ascii=False, default=str) + "\n")
-    return solved
+            gold = "" if value is None else str(value).strip()
+            complete = complete and gold != ""
+            lines.write(json.dumps({**row, GOLD: gold}, ensure_ascii=False, default=str) + "\n")
+    return complete
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:

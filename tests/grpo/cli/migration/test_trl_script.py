@@ -136,7 +136,11 @@ def test_what_a_script_may_do_before_its_trainer(tmp_path, monkeypatch):
     assert (config.prompts_per_step, config.steps, config.max_turns) == (2, 8, 512)  # turns have no limit there
     assert (config.eval.limit, config.eval.every, config.eval.samples) == (2, 3, 8)
     assert config.data[0].template == "{prompt}"
-    assert json.loads((tmp_path / "data/train.jsonl").read_text().splitlines()[0]) == {"prompt": "0?", "note": None}
+    assert json.loads((tmp_path / "data/train.jsonl").read_text().splitlines()[0]) == {
+        "prompt": "0?",
+        "note": None,
+        "gold_text": "",
+    }
     assert config.data[0].solution_column is None
     first, second, model = config.rewards
     assert (first.function, first.arguments) == ("train.py:close_to", {"goal": 3})
