@@ -227,6 +227,8 @@ def check_weights(files: WeightFiles, config: PretrainedConfig) -> None:
     from policies import contradictions
     from policies.files import packed
 
+    if not files.shapes:
+        contradictions.refuse_adapter(files.source)
     if not files.shapes or packed.is_packed(config):
         return
     if isinstance(config, DeepseekV3Config):

@@ -16,8 +16,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from policies.bounds import beyond, read_fields
+from policies.files import gguf
 from policies.files.packed import is_packed, unreadable
 from policies.layout import (
+    ADAPTER,
     FIXED_FIELDS,
     WAY_OUT,
     PolicyError,
@@ -75,7 +77,7 @@ def why_refused(kind: str) -> str:
 
 def refuse_type(source: str | Path) -> None:
     """Raises PolicyError with the reason for a model_type that we refuse or that transformers does not know, and for
-    numbers that no model has: transformers would begin to build it."""
+    numbers that no model has: transformers would begin to build it. An adapter without a model has no type."""
     try:
         file = find_file(str(source), "config.json")
         fields = read_fields(Path(file)) if file else {}
@@ -94,6 +96,7 @@ def refuse_type(source: str | Path) -> None:
                     "weights: use the files that were published for transformers (config.json with a model_type, "
                     "model*.safetensors), mostly in the same repository"
                 )
+        refuse_adapter(source)
         return
     if why := why_refused(kind):
         raise PolicyError(f"model={str(source)!r} is of type {kind!r}: {why}")
@@ -102,6 +105,22 @@ def refuse_type(source: str | Path) -> None:
             f"model={str(source)!r} is of type {kind!r}, which transformers {transformers_version} does not know; code "
             "from a model's repository is never run: use a newer transformers, if it has this type, or another model"
         )
+
+
+def refuse_adapter(source: str | Path) -> None:
+    """Raises PolicyError for an adapter of peft. Call it for a source that has no safetensors."""
+    file = find_file(str(source), ADAPTER)
+    if file is None or gguf.file_of(source):  # a GGUF file is read alone, see `gguf.named`
+        return
+    try:
+        base = read_fields(Path(file)).get("base_model_name_or_path")
+    except (ValueError, OSError):  # a damaged file shows that this is an adapter, too
+        base = None
+    needed = f"the base model {base!r}" if base else "a base model, which the file does not name"
+    raise PolicyError(
+        f"model={str(source)!r} holds an adapter of peft ({ADAPTER}) and no model.safetensors. The adapter needs "
+        f"{needed}: merge the two (merge_and_unload of peft) into another folder and use it, or use the base model"
+    )
 
 
 def contradictions(config: PretrainedConfig) -> Iterator[str]:

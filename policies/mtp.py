@@ -80,6 +80,7 @@ class MTPHead(nn.Module):
         depth: int,
         first: int = 0,
         until_BT: Tensor | None = None,
+        given: Packing | None = None,
     ) -> list[Tensor]:
         """Outputs [B, T, D] of depths 1 … depth, for every entry n of a row at once.
 
@@ -87,14 +88,15 @@ class MTPHead(nn.Module):
         `rope(s)` gives cos and sin of every entry's position plus s. Entries attend as tokens of a `Packing` with this
         `segment_BT` and `until_BT` do: the first token of a row has no entry, since nothing precedes it, so it counts
         as padding. In a prefix-LM too: what entries of a prompt attend to changes their own outputs alone, which
-        nothing reads.
+        nothing reads. If no `given` packing has `segment_BT` and `until_BT` in the host's memory, a device may be
+        waited for.
         Output d of entry n has a meaning if tokens n … n + d − 1 follow each other in one sequence, whose end the
         caller knows. No chain starts before entry `first`, such as inside a prompt: earlier entries are attended to,
         and their outputs are zero.
         """
         outputs: list[Tensor] = []
         chain: list[tuple[Tensor, Tensor]] = []
-        packing = Packing(segment_BT, first, until=until_BT)
+        packing = Packing(segment_BT, first, until=until_BT, given=given)
         previous = hidden_BTD
         for d in range(1, depth + 1):
             start = first if d > 1 else 0

@@ -223,6 +223,7 @@ class Policy(nn.Module):
         depth: int,
         first: int = 0,
         until_BT: Tensor | None = None,
+        given: Packing | None = None,
     ) -> list[Tensor]:
         """The draft head's outputs, see `MTPHead.unroll`. The trunk gets no gradient (contract 7)."""
         assert self.mtp is not None
@@ -237,6 +238,7 @@ class Policy(nn.Module):
             depth,
             first,
             until_BT,
+            given,
         )
 
     def cast(self, dtype: torch.dtype) -> Policy:

@@ -6,12 +6,16 @@ The counts on an accelerator, with all operators, are those of test_pretend.py, 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import copies
+import pretend
 import pytest
 import torch
 from recorded import groups_of
@@ -160,3 +164,23 @@ def test_contract_19_the_host_reads_no_number_of_each_row_or_token(micro_policy,
         counts_of.append(counts)
     assert counts_of[0] == counts_of[1]
     assert counts_of[0].total() <= 5, counts_of
+
+
+QUICK = (
+    "dense",
+    "MLA and an MTP head that learns from some groups",
+    "experts",
+    "windows of layers with other heads than the rest",
+    "recurrent",
+)  # the other paths are in test_pretend.py
+
+
+@pytest.mark.parametrize("path", QUICK)
+def test_contract_19_every_kind_of_layers_waits_seldom_and_computes_what_a_cpu_does(path):
+    """In a copy of this process, since a device that is registered stays."""
+    command = [sys.executable, str(ROOT / "tests/cases/waits.py"), path]
+    with copies.Copy(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        said, errors = process.communicate()
+    if process.returncode == pretend.NOT_HERE:
+        pytest.skip("torch registers no pretend accelerator")
+    assert (process.returncode, said.splitlines()[-1:]) == (0, ["{}"]), said + errors

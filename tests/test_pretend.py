@@ -12,10 +12,14 @@ from typing import Any
 import pretend
 import pytest
 import torch
+import waits
+import zoo
 from small_learner import small_learner
 
 from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.source.agreement import check_agreement
 from policies import attention, devices
+from policies.paths import Paths
 from policies.policy import Policy
 from rewards.group_score import GroupScore
 from rollout.decoding.batch import Batch
@@ -35,7 +39,7 @@ MOST = {
     "other operators of a round with two drafts": 272,
     "operators of a dense layer": 35,
     "operators of an MoE layer": 58,
-    "waits of a micro-batch": 6,
+    "waits of a micro-batch": 5,
     "operators of a micro-batch": 2495,  # 51 are of trees, 20 of tiles of the LM head; ten pad rows for flex
 }
 SIZES = {"vocab_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1}
@@ -114,3 +118,38 @@ def test_micro_batch(random_policy, monkeypatch):
         learner.forward_backward(batch)
     print(counts.waits, counts.operators)
     fits({"waits of a micro-batch": counts.waits.total(), "operators of a micro-batch": counts.operators.total()})
+
+
+@on_pretend
+@pytest.mark.parametrize("cuda", [True, False])
+@pytest.mark.parametrize("path", waits.PATHS)
+def test_contract_19_every_kind_of_layers_waits_seldom_and_computes_what_a_cpu_does(path, cuda, monkeypatch):
+    if cuda:
+        monkeypatch.setattr(devices, "has_cuda", lambda device: device.type == pretend.NAME)
+        monkeypatch.setattr(attention, "kernel_options", lambda *_: {})
+    assert waits.faults(path) == {}
+
+
+@on_pretend
+@pytest.mark.parametrize("sampler", ["joined", "apart"])
+def test_contract_19_rows_that_are_read_alone_wait_no_more_than_transformers_does(sampler):
+    assert waits.faults("dense", Paths(sampler, "alone"), waits.ALONE) == {}
+
+
+@on_pretend
+def test_a_mask_of_booleans_hides_there_what_it_hides_on_a_cpu():
+    """Windows of transformers are such masks."""
+    query, key, value = torch.randn(3, 1, 2, 5, 8)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)
+    mask[2] = False  # a query that sees nothing, as in padding
+    attend = torch.nn.functional.scaled_dot_product_attention
+    there = attend(*(x.to(pretend.NAME) for x in (query, key, value)), attn_mask=mask.to(pretend.NAME)).cpu()
+    torch.testing.assert_close(there, attend(query, key, value, attn_mask=mask))
+
+
+@on_pretend
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3_text", "mistral"])
+def test_the_load_check_takes_the_fastest_paths_for_windows(kind):
+    policy = zoo.policy(kind, **({"sliding_window": 8} if kind == "mistral" else {})).to(pretend.NAME)
+    check_agreement(policy)
+    assert policy.paths == Paths()

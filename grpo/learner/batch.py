@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from grpo.learner.row import PackedRow, Sample
 from grpo.learner.tree import BEGINS, READ, Tree
+from policies.attention import Packing
 from policies.devices import send
 from policies.policy import Placement, Policy
 
@@ -118,7 +119,15 @@ class MicroBatch:
     @property
     def head_segment(self) -> Tensor:
         """Gives `segment` as the MTP head sees it: the first token, which has no entry, is padding."""
-        return F.pad(self.segment[:, 1:], (1, 0), value=-1)
+        return _of_head(self.segment)
+
+    def head_packing(self, trees: Sequence[int]) -> Packing | None:
+        """The packing of the MTP head's entries in these trees, in the host's memory; None if it is not there."""
+        if self.on_host is None:
+            return None
+        segment, until = self.on_host
+        chosen = list(trees)
+        return Packing(_of_head(segment[chosen]), until=until[chosen])
 
     def padded(self, per_token: Sequence[Sequence[float]]) -> Tensor:
         """Values given per token of each completion as [C, L], zeros after each end."""
@@ -138,6 +147,10 @@ class MicroBatch:
         counted_M = counted_C[self.cells // self.mask.shape[1]].float()
         times = counted_M.new_zeros(self.turn.numel()).index_add(0, self.places[self.numbers], counted_M)
         return times.view(self.turn.shape)
+
+
+def _of_head(segment: Tensor) -> Tensor:
+    return F.pad(segment[:, 1:], (1, 0), value=-1)
 
 
 def by_completion(rows: Sequence[PackedRow], values: Mapping[tuple[int, int], list[float]]) -> dict[int, list[float]]:

@@ -234,6 +234,9 @@ def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = F
 def by_products(
     query: Any, key: Any, value: Any, mask: Any = None, dropout: float = 0.0, *rest: Any, **more: Any
 ) -> Any:
+    """Attends by products. Their kernel adds a mask to the scores, so that one of booleans is made such a mask."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     return aten._scaled_dot_product_attention_math(query, key, value, mask, dropout, *rest, **more)[0]
 
 

@@ -9,6 +9,8 @@ from transformers import AutoModelForImageTextToText
 
 from grpo.source.agreement import check_agreement
 from policies import lora
+from policies.checkpoint import check_files
+from policies.contradictions import refuse_type
 from policies.cut import quiet
 from policies.policy import Policy, PolicyError
 
@@ -76,3 +78,34 @@ def test_a_layout_of_a_maker_that_transformers_does_not_read_is_refused_with_the
     (tmp_path / file).write_text(json.dumps(fields))
     with pytest.raises(PolicyError, match=f"{told}.*use the files that were published for transformers"):
         Policy.load(tmp_path)
+
+
+@pytest.mark.parametrize("files", [{}, {"config.json": {"model_type": "llama"}}], ids=["alone", "with a configuration"])
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ('{"peft_type": "LORA", "base_model_name_or_path": "a/base"}', "the base model 'a/base'"),
+        ('{"peft_type": "LORA"}', "a base model, which the file does not name"),
+        ('{"peft_type": ', "a base model, which the file does not name"),
+    ],
+)
+def test_an_adapter_without_weights_is_refused_with_the_base_model_that_it_needs(tmp_path, files, fields, told):
+    """Some trainers write the configuration of the base model next to an adapter."""
+    (tmp_path / "adapter_config.json").write_text(fields)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    for refuses in (Policy.load, check_files):
+        with pytest.raises(PolicyError, match=f"an adapter of peft .*The adapter needs {told}: merge"):
+            refuses(tmp_path)
+
+
+def test_a_classifier_that_is_an_adapter_is_refused_so_too(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/base"}')
+    with pytest.raises(PolicyError, match="The adapter needs the base model 'a/base'"):
+        refuse_type(tmp_path)
+
+
+def test_an_adapter_next_to_a_gguf_file_is_not_read(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "model.gguf").touch()
+    refuse_type(tmp_path)

@@ -148,7 +148,8 @@ def head_loss(
         first = min(mini.beginnings[tree] for tree in chosen)
         ids, positions, entries = mini.token_ids[rows], mini.position_ids[rows], mini.head_segment[rows]
         preceding = preceding_BTD[rows]
-        outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first, mini.until[rows])
+        of_host = mini.head_packing(chosen)
+        outputs = policy.unroll(preceding, ids, positions, entries, options.depth, first, mini.until[rows], of_host)
         turn = mini.turn[rows]
         of_some = turn.where(times[rows] > 0, -1)
         chunk = max(1, CHUNK_ELEMENTS // len(policy.lm_head))
@@ -187,6 +188,7 @@ def gold_draft_loss(
         mini.head_segment[chosen],
         depth,
         until_BT=mini.until[chosen],
+        given=mini.head_packing(chosen),
     )
     total = torch.zeros((), device=ids_BT.device)
     for d, output in enumerate(outputs, start=1):
