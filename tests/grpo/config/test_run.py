@@ -83,6 +83,10 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would():
         ({"rewards": []}, "rewards"),
         ({"device": 3}, "device=3"),
         ({"steps": 0}, "steps=0"),
+        ({"learner.betas": [0.9, 1.0]}, "learner.betas=[0.9, 1.0]"),  # AdamW refused these once all was loaded
+        ({"learner.betas": [-0.1, 0.9]}, "learner.betas"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),  # and torch these
+        ({"seed": -(2**63) - 1}, "seed="),
     ],
 )
 def test_impossible_values_are_refused_by_name(overrides, message):
