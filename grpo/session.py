@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.data.prompts import encode_open
 from grpo.data.trained_on import Register, record_trained_on, trained_on
 from grpo.evaluation.best_point import BestPoint
 from grpo.evaluation.evaluate import Evaluation
@@ -154,11 +155,12 @@ class Session:
 
     def prompts(self, step: int, count: int | None = None, draw: int = 0) -> list[Prompt]:
         """The prompts of a step, `prompts_per_step` of them or `count`. `draw` counts refills within the step."""
+        size = self.config.prompts_per_step if count is None else count
 
         def choose() -> list[Prompt]:
             if draw == 0:
                 self.collector.begin_step(step)
-            return self.collector.prompts(count or self.config.prompts_per_step, step, draw)
+            return self.collector.prompts(size, step, draw) if size else []
 
         if draw == 0:
             self.batches.snapshot_before(int(step))
@@ -227,12 +229,14 @@ class Session:
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
         """Texts as a group, as if the policy had sampled them now; each ends with the stop token. Raises ValueError
-        without texts."""
+        without texts, and for a prompt without tokens."""
         if not completions:
             raise ValueError("completions=[]: a group needs at least one text")
         tokenizer, stop = self.policy.tokenizer, self.policy.stop_token_ids[0]
         if isinstance(prompt, str):
-            prompt = Prompt(prompt, prompt, tokenizer.encode(prompt), {})
+            prompt = Prompt(prompt, prompt, encode_open(prompt, tokenizer), {})
+        if not prompt.token_ids:
+            raise ValueError(f"the prompt {prompt.text!r} has no tokens, and a policy continues at least one")
         tokens = [[*tokenizer.encode(text, add_special_tokens=False), stop] for text in completions]
         [logprobs] = self.logprobs([prompt], [tokens])
         made = []
