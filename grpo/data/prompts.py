@@ -189,8 +189,8 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template
 
 
 def encode_open(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a text that is to be continued, with the special tokens that the tokenizer puts first (bos). Some
-    tokenizers end every text with eos, too, which is left out."""
+    """The token ids of a text that is to be continued, with the special tokens that the tokenizer puts first (bos).
+    Some tokenizers end every text with eos, too, which is left out."""
     token_ids, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
     return token_ids[:-1] if token_ids[-1:] == [tokenizer.eos_token_id] != plain[-1:] else token_ids
 

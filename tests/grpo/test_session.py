@@ -335,7 +335,7 @@ def test_no_prompts_are_drawn_where_none_are_asked_for(session):
 )
 def test_a_loss_that_is_not_of_every_token_is_refused(session, batch, loss):
     """It had counted once for every token."""
-    with pytest.raises(ValueError, match=r"the loss of PerToken has the shape .*; return one number for each token, \["):
+    with pytest.raises(ValueError, match=r"the loss of PerToken has the shape .*; return one number for each token"):
         session.forward_backward(batch, loss)
     assert not gradients(session)
 

@@ -154,8 +154,8 @@ class Term:
         raise NotImplementedError(f"{type(self).__name__} overrides neither per_token nor scalar")
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
-        """Gives the summand of this micro-batch; None where it has none. Raises ValueError where `per_token` gives another
-        shape: a mean, or one number for each completion, would count once for every token."""
+        """Gives the summand of this micro-batch; None where it has none. Raises ValueError where `per_token` gives
+        another shape: a mean, or one number for each completion, would count once for every token."""
         per_token = self.per_token(mini, forward, work)
         if per_token.shape != mini.mask.shape:
             raise ValueError(
