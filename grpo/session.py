@@ -25,6 +25,7 @@ from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
+from grpo.learner.optimizer import refuse_numbers
 from grpo.learner.prepare import Advantages, recorded, supervised
 from grpo.learner.row import PackedRow
 from grpo.learner.state import put_weights
@@ -416,12 +417,15 @@ class Session:
         """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`; where none waits,
         nothing moves. AdamW's other numbers hold from now on; weight decay is on matrices only. From here on the step
         counts, whatever fails later. What is done once a step, such as moving the routers' biases, comes before the
-        weights are used elsewhere or the step is recorded."""
+        weights are used elsewhere or the step is recorded. Raises ValueError for numbers that would make weights NaN.
+        """
         self.run.refuse_outside()
+        numbers: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        numbers = {name: value for name, value in numbers.items() if value is not None}
+        refuse_numbers(**numbers | ({} if learning_rate is None else {"learning_rate": learning_rate}))
         if not self.run.moved:
             self.batches.before_update(int(self.step))
-        numbers = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        self.learner.set_numbers(**{name: value for name, value in numbers.items() if value is not None})
+        self.learner.set_numbers(**numbers)
         works, before = self.learner.waiting, self.learner.updates
         batch = works[-1].batch if works else None
         metrics = self._learn(lambda: self.learner.optim_step(learning_rate, step=int(self.step)), batch)

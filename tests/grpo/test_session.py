@@ -259,6 +259,30 @@ def test_numbers_of_ones_own_move_the_weights_and_decay_matrices_alone(session, 
         session.optim_step(beta=(0.5, 0.5))
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"learning_rate": float("nan")},
+        {"learning_rate": -1e-3},
+        {"weight_decay": float("inf")},
+        {"betas": (0.9, 1.0)},
+        {"eps": 0.0},
+        {"eps": float("nan")},
+    ],
+    ids=str,
+)
+def test_numbers_that_would_make_weights_nan_are_refused_and_nothing_moves(session, batch, numbers):
+    """They had moved all weights without a word; the next step was the first to notice."""
+    session.forward_backward(batch)
+    groups = [dict(group, params=None) for group in session.learner.optimizer.param_groups]
+    with pytest.raises(ValueError, match=f"{next(iter(numbers))}=.*: use "):
+        session.optim_step(**numbers)
+    assert [dict(group, params=None) for group in session.learner.optimizer.param_groups] == groups
+    assert session.learner.waiting
+    assert all(p.isfinite().all() for p in session.policy.parameters())
+    session.learner.drop()
+
+
 def test_a_loss_of_all_solutions_gets_each_of_them(session, opened):
     """Its gradient is that of supervised steps where the loss is the same."""
     seen, norms = [], []
