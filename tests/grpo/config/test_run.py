@@ -122,6 +122,15 @@ def test_supervised_defaults_are_a_run_and_those_of_grpo_skip_it():
     assert load(SftConfig, None, {"output_dir": "r", "learner.weight_decay": 0.1}).learner.schedule == "linear"
 
 
+def test_a_run_folder_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    """A folder `~` was made in its place: who removes that by its name removes the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(TrainConfig, None, {"output_dir": "~/runs/mine"})
+    assert config.output_dir == tmp_path / "runs/mine"
+    for name in ("~nobody_has_this_name/x", "runs/~"):
+        assert load(TrainConfig, None, {"output_dir": name}).output_dir == Path(name)
+
+
 def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):
     given = {
         "output_dir": str(tmp_path),
