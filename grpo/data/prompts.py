@@ -141,7 +141,11 @@ def _fields(form: str) -> list[str]:
 
 
 def _fill(form: str, example: Example) -> str:
-    return form.format_map(_shown(form, example))
+    columns = _shown(form, example)
+    try:
+        return form.format_map(columns)
+    except (KeyError, TypeError, ValueError) as error:  # such as {year:d} of a text
+        raise ValueError(f"template={form!r}: {example.example_id} cannot be written so: {error}") from error
 
 
 def _shown(form: str, example: Example) -> dict[str, Any]:
