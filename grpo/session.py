@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from grpo.algorithm.dynamic_sampling import Drawn
 from grpo.config.run import SftConfig, TrainConfig
+from grpo.data.prompts import encode_open
 from grpo.data.trained_on import Register, record_trained_on, trained_on
 from grpo.evaluation.best_point import BestPoint
 from grpo.evaluation.evaluate import Evaluation
@@ -24,6 +25,7 @@ from grpo.evaluation.held_out import HeldOut, Result
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.learner import Learner
 from grpo.learner.likelihood import logprobs_of_groups
+from grpo.learner.optimizer import refuse_numbers
 from grpo.learner.prepare import Advantages, recorded, supervised
 from grpo.learner.row import PackedRow
 from grpo.learner.state import put_weights
@@ -154,11 +156,12 @@ class Session:
 
     def prompts(self, step: int, count: int | None = None, draw: int = 0) -> list[Prompt]:
         """The prompts of a step, `prompts_per_step` of them or `count`. `draw` counts refills within the step."""
+        size = self.config.prompts_per_step if count is None else count
 
         def choose() -> list[Prompt]:
             if draw == 0:
                 self.collector.begin_step(step)
-            return self.collector.prompts(count or self.config.prompts_per_step, step, draw)
+            return self.collector.prompts(size, step, draw) if size else []
 
         if draw == 0:
             self.batches.snapshot_before(int(step))
@@ -227,12 +230,14 @@ class Session:
 
     def group(self, prompt: Prompt | str, completions: Sequence[str]) -> RolloutGroup:
         """Texts as a group, as if the policy had sampled them now; each ends with the stop token. Raises ValueError
-        without texts."""
+        without texts, and for a prompt without tokens."""
         if not completions:
             raise ValueError("completions=[]: a group needs at least one text")
         tokenizer, stop = self.policy.tokenizer, self.policy.stop_token_ids[0]
         if isinstance(prompt, str):
-            prompt = Prompt(prompt, prompt, tokenizer.encode(prompt), {})
+            prompt = Prompt(prompt, prompt, encode_open(prompt, tokenizer), {})
+        if not prompt.token_ids:
+            raise ValueError(f"the prompt {prompt.text!r} has no tokens, and a policy continues at least one")
         tokens = [[*tokenizer.encode(text, add_special_tokens=False), stop] for text in completions]
         [logprobs] = self.logprobs([prompt], [tokens])
         made = []
@@ -412,12 +417,15 @@ class Session:
         """Move the weights by the gradients that wait, at the schedule's rate or at `learning_rate`; where none waits,
         nothing moves. AdamW's other numbers hold from now on; weight decay is on matrices only. From here on the step
         counts, whatever fails later. What is done once a step, such as moving the routers' biases, comes before the
-        weights are used elsewhere or the step is recorded."""
+        weights are used elsewhere or the step is recorded. Raises ValueError for numbers that would make weights NaN.
+        """
         self.run.refuse_outside()
+        numbers: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        numbers = {name: value for name, value in numbers.items() if value is not None}
+        refuse_numbers(**numbers | ({} if learning_rate is None else {"learning_rate": learning_rate}))
         if not self.run.moved:
             self.batches.before_update(int(self.step))
-        numbers = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        self.learner.set_numbers(**{name: value for name, value in numbers.items() if value is not None})
+        self.learner.set_numbers(**numbers)
         works, before = self.learner.waiting, self.learner.updates
         batch = works[-1].batch if works else None
         metrics = self._learn(lambda: self.learner.optim_step(learning_rate, step=int(self.step)), batch)

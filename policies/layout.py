@@ -167,7 +167,7 @@ def find_file(source: str, name: str) -> str | None:
 def read_index(source: str, path: str) -> dict[str, str]:
     """The file of each tensor, by the index at `path`. Raises PolicyError if it is damaged."""
     try:
-        index = dict(json.loads(Path(path).read_text())["weight_map"])
+        index = dict(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"])
         if wrong := [name for name, file in index.items() if not isinstance(file, str) or Path(file).name != file]:
             raise ValueError(f"{wrong[0]} is in {index[wrong[0]]!r:.60}, which is no file's name")
         return index

@@ -135,8 +135,9 @@ def _chosen(trunk: nn.Module, targets: Sequence[str] | None, head: nn.Module | N
             near = difflib.get_close_matches(target, available, n=3) or sorted(available)
             near = ["router", *near] if target == "gate" and "router" in available else near
             raise ValueError(f"lora.targets: {target!r} matches no module of this policy; it has {', '.join(near)}")
-    if set(targets) == {HEAD}:
-        raise ValueError("lora.targets: 'mtp' alone leaves the trunk nothing to learn with; name targets of it as well")
+    if not set(targets) - {HEAD}:
+        named = "'mtp' alone" if targets else "an empty list"
+        raise ValueError(f"lora.targets: {named} leaves the trunk nothing to learn with; name targets of it as well")
     return [each for each in everything if set(each.targets) & set(targets)]
 
 

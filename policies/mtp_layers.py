@@ -156,7 +156,7 @@ def read_draft_vocabulary(source: str, vocabulary: int) -> Tensor | None:
     if path is None:
         return None
     try:
-        ids = [int(token) for token in json.loads(Path(path).read_text())["token_ids"]]
+        ids = [int(token) for token in json.loads(Path(path).read_text(encoding="utf-8"))["token_ids"]]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise PolicyError(f"model={source!r}: {DRAFT_VOCABULARY} is damaged ({error!r}); {DRAFT_WAY_OUT}") from error
     if not ids or ids != sorted(set(ids)) or not 0 <= ids[0] <= ids[-1] < vocabulary:

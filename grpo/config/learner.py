@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rewards.config.options import Options
 
@@ -71,6 +71,13 @@ class UpdateOptions(Options):
     def rounds(self) -> bool:
         """Tells whether weights are rounded by chance, without fp32 masters."""
         return self.optimizer == "adamw_8bit_stochastic"
+
+    @field_validator("betas")
+    @classmethod
+    def _are_shares(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("use two numbers, each 0 or more and below 1")
+        return betas
 
 
 class SftLearnerOptions(UpdateOptions):

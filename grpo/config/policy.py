@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rewards.config.options import Options
 
@@ -25,6 +25,13 @@ class ModelOptions(Options):
     of the policy, but no more than there are cores. A resumed run keeps its number of threads."""
     seed: int = 0
     """Seed of everything: weights of a preset, data order, sampling noise."""
+
+    @field_validator("seed")
+    @classmethod
+    def _fits_torch(cls, seed: int) -> int:
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError("torch takes no such seed; use a number from -2**63 to 2**64 - 1")
+        return seed
 
     @model_validator(mode="after")
     def _dtype_of_device(self, info: ValidationInfo) -> Self:

@@ -95,9 +95,10 @@ class RunConfig(RewardsOptions, ModelOptions):
     @field_validator("output_dir")
     @classmethod
     def _with_time(cls, output_dir: Path) -> Path:
-        """Name the default folder. The time is read once, here, so config.yaml has the real path."""
+        """Name the default folder. The time is read once, here, so config.yaml has the real path. No shell has replaced
+        the ~ of a file, nor that of `--output_dir=~/runs/mine`."""
         if output_dir != NEW_FOLDER:
-            return output_dir
+            return Path(os.path.expanduser(output_dir))
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("name a run folder: each of several processes would choose a different one")
         return Path(f"runs/{getattr(cls, 'command', 'run')}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -141,7 +141,11 @@ def _fields(form: str) -> list[str]:
 
 
 def _fill(form: str, example: Example) -> str:
-    return form.format_map(_shown(form, example))
+    columns = _shown(form, example)
+    try:
+        return form.format_map(columns)
+    except (KeyError, TypeError, ValueError) as error:  # such as {year:d} of a text
+        raise ValueError(f"template={form!r}: {example.example_id} cannot be written so: {error}") from error
 
 
 def _shown(form: str, example: Example) -> dict[str, Any]:
@@ -177,16 +181,22 @@ def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template
     its own. Raises ValueError for a prompt without tokens.
     """
     text = template.render(example, tokenizer)
-    token_ids = plain = tokenizer.encode(text, add_special_tokens=False)
-    if not template.is_chat:
-        token_ids = tokenizer.encode(text)
-        if token_ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
-            token_ids = token_ids[:-1]  # some tokenizers end every text with eos, and a prompt must stay open
+    if template.is_chat:
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        token_ids = encode_open(text, tokenizer)
     if not token_ids:
         raise ValueError(f"the prompt of {example.example_id} has no tokens: {text!r}")
     fingerprint = problem_fingerprint(template.content(example))
     messages = template.messages(example)
     return Prompt(example.example_id, text, token_ids, example.columns, messages, fingerprint=fingerprint)
+
+
+def encode_open(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a text that is to be continued, with the special tokens that the tokenizer puts first (bos).
+    Some tokenizers end every text with eos, too, which is left out."""
+    token_ids, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
+    return token_ids[:-1] if token_ids[-1:] == [tokenizer.eos_token_id] != plain[-1:] else token_ids
 
 
 class PromptStream:

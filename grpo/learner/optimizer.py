@@ -16,6 +16,7 @@ from policies.policy import Policy
 
 CODES, SCALE = ".codes", ".scale"  # ends of the names of moments in 8 bits
 PIECE = 2**18  # numbers: so that their squares take little memory
+LEAST_EPS = 1e-30  # one that is 0 in float32 makes NaN of weights without gradient
 
 
 def freeze_exact_parts(policy: Policy) -> None:
@@ -35,6 +36,18 @@ def groups_of(module: nn.Module | None, learning_rate: float, weight_decay: floa
         if parameters:
             groups.append({"params": parameters, "peak": learning_rate, "weight_decay": decay})
     return groups
+
+
+def refuse_numbers(*, betas: Sequence[float] = (), eps: float = 1.0, **others: float) -> None:
+    """Raises ValueError for numbers with which AdamW would make weights NaN or infinite."""
+    for beta in betas:
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas={tuple(betas)}: use two numbers, each 0 or more and below 1")
+    if not LEAST_EPS <= eps < math.inf:
+        raise ValueError(f"eps={eps}: use a finite number, {LEAST_EPS:g} or more")
+    for name, number in others.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name}={number}: use a finite number, 0 or more")
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

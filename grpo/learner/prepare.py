@@ -44,6 +44,8 @@ def check_groups(
         size = len(group.completions)
         if not size:
             raise ValueError(f"group {g} has no completions; leave it out")
+        if not (group.prompt.token_ids or any(completion.segments for completion in group.completions)):
+            raise ValueError(f"group {g}: its prompt has no tokens, and a policy continues at least one; leave it out")
         if size != len(groups[0].completions):
             raise ValueError(
                 f"group {g} has {size} completions, and group 0 has {len(groups[0].completions)}; learn from groups of "

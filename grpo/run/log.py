@@ -311,7 +311,7 @@ class RunLog:
         else:
             self.event("resume", step=resume_step, unshown={"environment": here})
             if file.exists():
-                if (former := file.read_text()) == config_yaml:
+                if (former := file.read_text(encoding="utf-8")) == config_yaml:
                     return
                 changed = changed_options(file, config_yaml)
                 shown = {key: f"{then!r} -> {now!r}" for key, (then, now) in changed.items()}

@@ -179,7 +179,8 @@ def known_context(model: str) -> int | None:
     model = find_policy(model, read=False).base
     if model in presets.PRESETS:
         return int(presets.PRESETS[model]["max_position_embeddings"])
-    return getattr(read_config(model), "max_position_embeddings", None) if Path(model).exists() else None
+    longest = getattr(read_config(model), "max_position_embeddings", None) if Path(model).exists() else None
+    return longest if longest and longest > 0 else None  # XLNet says -1: there is no limit
 
 
 def read_shape(options: ModelOptions, source: PolicySource | None = None) -> tuple[PretrainedConfig, bool]:

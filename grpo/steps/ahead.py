@@ -58,10 +58,13 @@ class Batches:
         self._thread = ThreadPoolExecutor(1, "sampling") if self.staleness and run.ranks.first else None
 
     def start_sampling(self) -> None:
-        """Take the batches that a checkpoint holds. One whose weights the learner has no longer is sampled here."""
+        """Take the batches that a checkpoint of the last step holds. One whose weights the learner has no longer is
+        sampled here."""
         state, self._saved, saved = self._saved, {}, self.run.saved
         if not self.staleness:
             return
+        if saved is not None and saved.step != self.run.step:  # a loop has loaded it: its batches are of other steps
+            state = {}
         from grpo.algorithm.in_flight import drawn_of
 
         prompt = self.collector.prompt

@@ -173,8 +173,8 @@ class _Model(ABC):
         # Decoders find the last token by this: another padding token than the tokenizer's would be scored itself.
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.to(device).eval().requires_grad_(False)
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        self.limit = min(positions or float("inf"), self.tokenizer.model_max_length)
+        positions = getattr(self.model.config, "max_position_embeddings", None) or -1  # XLNet says -1: any number
+        self.limit = min(positions if positions > 0 else float("inf"), self.tokenizer.model_max_length)
 
     @abstractmethod
     def _load(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from grpo.config.learner import LearnerOptions
 from grpo.learner.batch import TrainingBatch, micro_batches
 from grpo.learner.learner import Learner
+from grpo.learner.optimizer import LEAST_EPS
 from grpo.learner.state import Tensors
 from grpo.learner.terms.token_losses import TokenLoss
 from grpo.learner.update import NonFiniteStep
@@ -24,7 +25,6 @@ from policies.policy import Policy
 
 ALPHA = 32.0  # of every adapter, whose product is scaled by ALPHA / rank, as Tinker's are
 OPTIONS = LearnerOptions(learning_rate=1.0)  # requests bring their rates
-LEAST_EPS = 1e-30  # one that is 0 in float32 makes NaN of weights without gradient
 _DRAWS = threading.Lock()  # the first values of adapters are drawn from the generator of the process
 
 

@@ -147,8 +147,8 @@ class Client:
         lines = [line for line in [response.read()] if line] if response.status != 200 else response
         if response.status in (401, 403):
             raise RolloutError(
-                f"vLLM at {self.url} refuses our token; it is read from the file rollout.vllm.token_file or else the "
-                "environment variable QUARTET_VLLM_TOKEN, and must be the one that the server was started with"
+                f"vLLM at {self.url} refuses our token; it is read from the environment variable QUARTET_VLLM_TOKEN, "
+                "and must be the one that the server was started with"
             )
         answer: dict[str, Any] = {"ended": 0}
         for line in lines:

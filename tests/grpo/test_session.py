@@ -1,5 +1,6 @@
 """The primitives: loops of one's own, what they give, and what they refuse."""
 
+import copy
 import json
 import runpy
 import sys
@@ -13,6 +14,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 from start_ranks import run_ranks
+from tokenizers.processors import TemplateProcessing
 
 from grpo import Session
 from grpo.config.loss import LossOptions
@@ -257,6 +259,30 @@ def test_numbers_of_ones_own_move_the_weights_and_decay_matrices_alone(session, 
         session.optim_step(beta=(0.5, 0.5))
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"learning_rate": float("nan")},
+        {"learning_rate": -1e-3},
+        {"weight_decay": float("inf")},
+        {"betas": (0.9, 1.0)},
+        {"eps": 0.0},
+        {"eps": float("nan")},
+    ],
+    ids=str,
+)
+def test_numbers_that_would_make_weights_nan_are_refused_and_nothing_moves(session, batch, numbers):
+    """They had moved all weights without a word; the next step was the first to notice."""
+    session.forward_backward(batch)
+    groups = [dict(group, params=None) for group in session.learner.optimizer.param_groups]
+    with pytest.raises(ValueError, match=f"{next(iter(numbers))}=.*: use "):
+        session.optim_step(**numbers)
+    assert [dict(group, params=None) for group in session.learner.optimizer.param_groups] == groups
+    assert session.learner.waiting
+    assert all(p.isfinite().all() for p in session.policy.parameters())
+    session.learner.drop()
+
+
 def test_a_loss_of_all_solutions_gets_each_of_them(session, opened):
     """Its gradient is that of supervised steps where the loss is the same."""
     seen, norms = [], []
@@ -301,6 +327,41 @@ def test_texts_of_ones_own_are_as_if_they_had_been_sampled_now(session):
         assert all(max(c.logprobs) < 0 for c in group.completions)
         metrics = session.learn(session.prepare([group], [GroupScore([1.0, 0.0], {})]))
         assert metrics["mismatch/logprob_abs_max"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_prompt_of_ones_own_stays_open_and_has_a_token(session, monkeypatch):
+    """Some tokenizers end every text with eos, as prompts of the data know; the answer would come after the end."""
+    tokenizer = copy.deepcopy(session.policy.tokenizer)
+    ends = [(tokenizer.eos_token, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=ends)
+    expected = session.group("3 + 4 = ?", ["#### 7"])
+    monkeypatch.setattr(session.policy, "tokenizer", tokenizer)
+    assert session.group("3 + 4 = ?", ["#### 7"]).prompt.token_ids == expected.prompt.token_ids
+    with pytest.raises(ValueError, match="the prompt '' has no tokens"):
+        session.group("", ["#### 7"])
+    with pytest.raises(ValueError, match="group 0: its prompt has no tokens"):
+        session.prepare([replace(expected, prompt=replace(expected.prompt, token_ids=[]))])
+
+
+def test_no_prompts_are_drawn_where_none_are_asked_for(session):
+    """As many as there are tied groups, of which there may be none."""
+    assert session.prompts(1, 0, draw=1) == []
+    assert len(session.prompts(1, draw=1)) == session.config.prompts_per_step
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logprobs, sampling_logprobs, advantages, mask: -(advantages * logprobs).mean(),
+        lambda logprobs, sampling_logprobs, advantages, mask: -(advantages * logprobs).sum(-1, keepdim=True),
+    ],
+    ids=["a mean", "a number for each completion"],
+)
+def test_a_loss_that_is_not_of_every_token_is_refused(session, batch, loss):
+    """It had counted once for every token."""
+    with pytest.raises(ValueError, match=r"the loss of PerToken has the shape .*; return one number for each token"):
+        session.forward_backward(batch, loss)
+    assert not gradients(session)
 
 
 def test_contract_6_other_rewards_score_the_same_groups_and_a_failure_of_theirs_is_data_too(session):

@@ -195,6 +195,7 @@ REFUSED = [
     ({"first_k_dense_replace": 2}, ["router"], r"'router' matches no module"),
     ({"mtp": False}, ["o_proj", "mtp"], r"'mtp' matches no module"),
     ({}, ["mtp"], r"'mtp' alone leaves the trunk nothing to learn with"),
+    ({}, [], r"lora.targets: an empty list leaves the trunk nothing to learn with"),  # peft's words named no option
 ]
 
 

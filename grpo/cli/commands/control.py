@@ -66,6 +66,8 @@ def control(folder: Path, console: Console, validation: int | None = None) -> di
     Raises ValueError for a folder that is not a finished run of `quartet train` with held-out problems, or one that
     has no solutions to learn from.
     """
+    if validation is not None and validation < 1:
+        raise ValueError(f"--validation {validation}: give 1 or more, or leave it out")
     config = _config(folder)
     data = [
         source.model_copy(update={"validation": validation or source.validation or VALIDATION})

@@ -154,9 +154,15 @@ class Term:
         raise NotImplementedError(f"{type(self).__name__} overrides neither per_token nor scalar")
 
     def scalar(self, mini: MicroBatch, forward: Forward, work: Work) -> Tensor | None:
-        """Gives the summand of this micro-batch; None where it has none."""
-        per_token = self.per_token(mini, forward, work).masked_fill(~mini.loss_mask, 0.0)
-        return per_token.sum() / max(work.batch.num_completion_tokens, 1)
+        """Gives the summand of this micro-batch; None where it has none. Raises ValueError where `per_token` gives
+        another shape: a mean, or one number for each completion, would count once for every token."""
+        per_token = self.per_token(mini, forward, work)
+        if per_token.shape != mini.mask.shape:
+            raise ValueError(
+                f"the loss of {type(self).__name__} has the shape {list(per_token.shape)}; return one number for each "
+                f"token, {list(mini.mask.shape)}, of which the mean over the step's tokens is taken"
+            )
+        return per_token.masked_fill(~mini.loss_mask, 0.0).sum() / max(work.batch.num_completion_tokens, 1)
 
     def lesson(self, lesson: Lesson, work: Work) -> Tensor:
         """Gives the loss of a recorded lesson, where the term `reads_lessons`."""

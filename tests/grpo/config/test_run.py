@@ -83,6 +83,10 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would():
         ({"rewards": []}, "rewards"),
         ({"device": 3}, "device=3"),
         ({"steps": 0}, "steps=0"),
+        ({"learner.betas": [0.9, 1.0]}, "learner.betas=[0.9, 1.0]"),  # AdamW refused these once all was loaded
+        ({"learner.betas": [-0.1, 0.9]}, "learner.betas"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),  # and torch these
+        ({"seed": -(2**63) - 1}, "seed="),
     ],
 )
 def test_impossible_values_are_refused_by_name(overrides, message):
@@ -116,6 +120,15 @@ def test_supervised_defaults_are_a_run_and_those_of_grpo_skip_it():
     assert load(TrainConfig, None, {"output_dir": "r"}).supervision.steps == 0
     # A partial option keeps the rest of its group's default.
     assert load(SftConfig, None, {"output_dir": "r", "learner.weight_decay": 0.1}).learner.schedule == "linear"
+
+
+def test_a_run_folder_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    """A folder `~` was made in its place: who removes that by its name removes the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(TrainConfig, None, {"output_dir": "~/runs/mine"})
+    assert config.output_dir == tmp_path / "runs/mine"
+    for name in ("~nobody_has_this_name/x", "runs/~"):
+        assert load(TrainConfig, None, {"output_dir": name}).output_dir == Path(name)
 
 
 def test_a_run_hands_over_every_option_of_its_evaluation(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from fractions import Fraction
 
 import pytest
@@ -100,6 +101,12 @@ def test_the_chat_template_writes_its_own_special_tokens_and_a_format_string_get
 def test_an_unknown_field_names_the_columns(field):
     with pytest.raises(ValueError, match=rf"asks for \{{{field}\}}; the columns are question, answer, level"):
         PromptTemplate(f"{{question}} {{{field}}}").render(EXAMPLE)
+
+
+@pytest.mark.parametrize("form", ["{question!x}", "{question:d}", "{question:{width}}", "{question} {none:>5}"])
+def test_a_field_that_cannot_be_written_so_names_the_template(form):
+    with pytest.raises(ValueError, match=re.escape(f"template={form!r}: ")):
+        PromptTemplate(form).render(Example("0", "2 + 3 = ?", "5", {"none": None}))
 
 
 @pytest.mark.parametrize(

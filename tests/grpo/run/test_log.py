@@ -27,6 +27,7 @@ from rewards.group_score import GroupScore, RewardFailure
 from rewards.records import read_rollouts
 from rollout.group import Completion, DraftStats, Prompt, RolloutGroup
 
+ROOT = Path(__file__).parents[3]
 CONFIG = "steps: 3\n"
 
 
@@ -458,3 +459,19 @@ def test_a_tracker_that_is_not_there_is_refused_before_the_folder_is_touched(tmp
     with pytest.raises(ValueError, match="log.trackers: 'tensorbord' is not installed"):
         _open(tmp_path / "run", trackers=["tensorbord"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_resumes_where_texts_have_another_encoding_by_default(tmp_path):
+    """As on Windows, and in a locale without UTF-8: config.yaml was written in UTF-8, and read as the locale says."""
+    (tmp_path / "resumed.py").write_text(
+        "from pathlib import Path\n"
+        "from grpo.run.log import Resume, RunLog\n"
+        "for resume in (None, Resume(1)):\n"
+        "    with RunLog(Path('run'), 'output_dir: runs/\\u00fcber\\n', quiet=True, resume=resume) as log:\n"
+        "        log.step(2 if resume else 1, {'reward/mean': 1.0})\n"
+    )
+    env = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "resumed.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [event for event in read_events(tmp_path / "run") if event["event"] == "config_changed"]

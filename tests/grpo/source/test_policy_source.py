@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, XLNetConfig
 
 from grpo.cli.commands.export import _run_around
 from grpo.cli.commands.inspect import inspect
@@ -13,7 +13,7 @@ from grpo.cli.config.inference import defaults_of_run
 from grpo.cli.mtp import stores_head
 from grpo.config.mtp import MtpConfig
 from grpo.run.stop import Stopped
-from grpo.source.policy_source import find_policy, load_found, load_policy
+from grpo.source.policy_source import find_policy, known_context, load_found, load_policy
 from grpo.task.reward_models import saved_model
 from grpo.train import train
 from policies.policy import PolicyError
@@ -62,6 +62,12 @@ def test_a_checkpoint_is_found_through_links_and_from_inside_of_its_run(unfinish
         assert _run_around(Path(path)) == folder
     assert find_policy(str(tmp_path / "moved"), read=False).step == 2
     assert _run_around(tmp_path / "moved/checkpoints/step_000002") in (folder, tmp_path / "moved")
+
+
+def test_a_context_of_minus_one_is_no_limit(tmp_path):
+    """As XLNet's: every text had more characters "than a context of -1 tokens can hold"."""
+    XLNetConfig().save_pretrained(tmp_path)
+    assert known_context(str(tmp_path)) is None
 
 
 def test_training_goes_on_from_an_unfinished_run_of_another_folder(unfinished, micro_config, tmp_path):

@@ -196,6 +196,27 @@ def test_contract_12_a_stopped_run_goes_on_with_the_batches_in_flight(options, w
 
 
 @pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize("ahead", [slow(1), 2])
+def test_contract_12_batches_in_flight_of_a_checkpoint_are_of_its_own_steps(options, tmp_path, ahead):
+    """A loop that has loaded a later checkpoint found none of its next step: KeyError."""
+    given = {"eval.limit": 0, "eval.every": None, "steps": 4}
+    versions = {}
+    with Session.open(options(tmp_path / "first", ahead, **given)) as session:
+        for step in session.run.steps():
+            if step == 4:
+                later = session.save(tmp_path / "later")
+            session.learn(session.prepare(session.draw(step)))
+    with Session.open(options(tmp_path / "second", ahead, **given)) as session:
+        for step in session.run.steps():
+            if step == 2:
+                session.load(later)
+            drawn = session.draw(step)
+            versions[int(step)] = {c.policy_version for group in drawn.groups for c in group.completions}
+            session.learn(session.prepare(drawn))
+    assert versions == {1: {0}, 2: {3}, 3: {3}, 4: {4 if ahead == 1 else 3}}
+
+
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(("ahead", "call"), [slow(1, 5), slow(2, 6)])
 def test_contract_9_a_failure_ahead_of_its_time_saves_the_last_whole_step(
     options, whole, tmp_path, monkeypatch, ahead, call
@@ -415,7 +436,7 @@ def test_contract_9_a_batch_that_fails_after_the_update_is_sampled_again_by_hand
 
     failing.clear()
     monkeypatch.setattr("grpo.steps.ahead.put_weights", lambda *given: held.append(given))
-    again = by_hand(2, collect, step=2, saved=SimpleNamespace(tensors=batches.tensors()))
+    again = by_hand(2, collect, step=2, saved=SimpleNamespace(step=2, tensors=batches.tensors()))
     again.load_state_dict(state)
     again.start_sampling()
     assert again.run.done == [1]

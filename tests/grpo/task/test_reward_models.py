@@ -15,6 +15,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from grpo.cli.config.inference import EvalConfig, defaults_of_run
@@ -111,6 +113,14 @@ def test_a_classifiers_score_is_its_logit_whatever_the_batch(folders):
         assert [len(own[name]) for own in found] == [3, 1]
         assert flat(found, name) == pytest.approx(alone, abs=1e-5)
         assert len({round(score, 3) for score in alone}) == 4
+
+
+def test_a_classifier_without_a_longest_text_scores_every_text(folders, tmp_path):
+    shutil.copytree(folders / "labels", tmp_path / "xlnet")
+    config = XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16, num_labels=1, pad_token_id=0)
+    XLNetForSequenceClassification(config).save_pretrained(tmp_path / "xlnet")  # its longest text is -1
+    _, found = columns({"name": "rm", "model": str(tmp_path / "xlnet")})
+    assert all(math.isfinite(score) for score in flat(found, "rm"))
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_an_upload_that_is_refused_before_it_was_read():
 
 
 ANSWERS = [
-    ("/state", 401, b'{"error": "wrong token"}', "refuses our token.*rollout.vllm.token_file.*QUARTET_VLLM_TOKEN"),
+    ("/state", 401, b'{"error": "wrong token"}', "refuses our token; .* the environment variable QUARTET_VLLM_TOKEN"),
     ("/state", 200, b"<html>It works!</html>", "is no server of ours"),
     ("/state", 200, b"[1]", "is no server of ours"),
     ("/state", 200, b"{}", f"speaks protocol None, and this quartet {PROTOCOL}"),

@@ -160,3 +160,10 @@ def test_runs_without_a_control_are_refused(finished, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved | {"eval": saved["eval"] | {"limit": 0}}))
     assert main(["control", str(tmp_path)]) == 1
     assert "eval.limit is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [0, -5])
+def test_a_control_is_chosen_by_one_problem_at_least(tmp_path, capsys, count):
+    """-5 had kept none, so no control was saved, and the evaluation failed after all training; 0 was 256."""
+    assert main(["control", str(tmp_path), "--validation", str(count)]) == 1
+    assert f"--validation {count}: give 1 or more" in capsys.readouterr().err
