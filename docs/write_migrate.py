@@ -51,7 +51,8 @@ Words such as `+key=value`, `~key` and `{{a:1}}` are read as Hydra reads them. A
   functions, with what they reach in the script, are copied into `functions.py` beside the data, where no trainer
   starts. A reward that is made while the script runs, such as a function inside a function, must move to the top of a
   file. A reward that reads `environments` is refused, since they are in other processes: return its score from the
-  environment's `get_reward(self)`, which TRL calls too. verl's `compute_score` is read as [it is](own-reward.md), `verl:FILE.py:compute_score`.
+  environment's `get_reward(self)`, which TRL calls too. verl's `compute_score` is read as [it
+  is](own-reward.md), `verl:FILE.py:compute_score`.
 - **Data**: a dataset of the hub that the script passes on as it is keeps its name. Any other is written as
   `train.jsonl` and `test.jsonl`, with one column more, `gold_text`: the reference answer as a text. It is the column
   with a usual name, such as `answer`, or one that a reward reads. If some row has none, `data.solution_column` is

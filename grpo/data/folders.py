@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def around(path: str | Path) -> list[Path]:
-    """A path, its folder and the folder around that: where links lead, and then as they are named.
+    """A path, its folder and the folder around that: first where links lead, then as the path is written.
 
     >>> around("runs/demo/checkpoints/step_000010")[2]
     PosixPath('/home/me/runs/demo')
@@ -17,10 +17,11 @@ def around(path: str | Path) -> list[Path]:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run folder that holds a checkpoint as checkpoints/step_000010, as the checkpoint is named where that names
-    it, too."""
+    """The run folder of a checkpoint in its checkpoints/. If the checkpoint's own path names the run, so does the
+    result, and no link in it is followed."""
     named = checkpoint.parent.parent
-    for run in around(checkpoint)[2::3]:
+    for place in (checkpoint.resolve(), Path(os.path.abspath(checkpoint))):
+        run = place.parent.parent
         if (run / "config.yaml").is_file():
             return named if named.is_dir() and named.samefile(run) else run
     return named

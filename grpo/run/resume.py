@@ -118,7 +118,7 @@ def _never_read(before: TrainConfig) -> Iterator[str]:
 
 
 def _kept_thoughts(saved: Path) -> bool:
-    """Whether a run of 0.2 learned its turns as they were sampled, also where the chat template rewrites them."""
+    """Whether a run of 0.2 had `thoughts: keep`: it learned turns as sampled, however a template rewrites them."""
     options, _ = read_yaml(saved)
     return any(source.get("thoughts") == "keep" for source in sources_of(options))
 

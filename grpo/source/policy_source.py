@@ -316,7 +316,7 @@ def _as_asked(policy: Policy, options: ModelOptions) -> Policy:
 
 
 def holds_head(saved: Checkpoint) -> bool:
-    """Whether a checkpoint holds a draft head. Runs of version 0.2 could begin with a fresh one."""
+    """Whether a checkpoint has an MTP head. Its base model may have none: runs of 0.2 could add one."""
     return any(name.startswith("mtp.") for name in saved.tensors["policy"])
 
 
@@ -366,7 +366,7 @@ def save_policy(policy: Policy, folder: Path, step: int) -> None:
 
 
 def _went_on(run: Path, newest: Path) -> bool:
-    """Whether `policy/` was saved with another checkpoint than `newest`, of a later or an earlier step."""
+    """Whether `policy/` was not saved with the checkpoint `newest`: the run continued, or went back, without it."""
     record = _record(run / "policy")
     if record.get("checkpoint"):
         return record["checkpoint"] != _digest(newest)

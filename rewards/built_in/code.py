@@ -58,9 +58,9 @@ def code(
 ) -> list[float]:
     """Gives 1.0 where every test passes, else 0.0, or with `partial_marks` the share that passes.
 
-    The program is the last block of Python between ``` or ~~~ marks that defines a name of the tests. If none does, it
-    is the last block, and without a block the whole completion. It is imported: what stands behind
-    `if __name__ == "__main__":` does not run.
+    The program is the last fenced block of Python that defines a name used by the tests. If no block does, the last
+    block is taken; without a block, the whole completion. It is imported, so code under `if __name__ == "__main__":`
+    does not run.
 
     `tests` is for each completion Python text, such as `assert double(2) == 4`, or a list of such texts, which run
     after the program, in its names. A program that fails, ends itself or passes a limit (`seconds`, `memory_mib`, no

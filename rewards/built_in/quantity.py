@@ -11,8 +11,21 @@ _CLOCK = re.compile(
 )
 _GOLD_CLOCK = re.compile(_CLOCK.pattern + r"[.$\s]*", re.IGNORECASE)
 
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MONTH = rf"(?:{'|'.join(_MONTHS)})[a-z]*\.?"
+_MONTHS = {
+    "jan": "uary",
+    "feb": "ruary",
+    "mar": "ch",
+    "apr": "il",
+    "may": "",
+    "jun": "e",
+    "jul": "y",
+    "aug": "ust",
+    "sep": "tember",
+    "oct": "ober",
+    "nov": "ember",
+    "dec": "ember",
+}
+_MONTH = rf"(?:(?:{'|'.join(f'{short}(?:{rest})?' for short, rest in _MONTHS.items())}|sept)\b\.?)"
 _DATE = re.compile(
     r"(?<![\d/-])(?:(?P<iso>\d{4}-\d{2}-\d{2})|(?P<slashed>\d{1,2}/\d{1,2}/\d{4}))(?![\d/-])"
     rf"|\b(?P<month>{_MONTH}) (?P<day>\d{{1,2}})(?:st|nd|rd|th)?\b(?:,? (?P<year>\d{{4}})\b)?"
@@ -57,12 +70,20 @@ def is_date(text: str) -> bool:
 
 def has_date(text: str, gold: str) -> bool:
     """Return whether the last date of the text is that of `gold`. Numbers with slashes are compared as they are."""
-    dates = list(_DATE.finditer(text))
-    reference = _DATE.search(gold)
-    if not dates or reference is None or _HEDGED.search(text[: dates[-1].start()]):
+    found = _last_and_gold(_DATE, text, gold)
+    if found is None:
         return False
-    date, gold_date = _parts(dates[-1]), _parts(reference)
+    date, gold_date = map(_parts, found)
     return date[: len(gold_date)] == gold_date
+
+
+def _last_and_gold(pattern: re.Pattern[str], text: str, gold: str) -> tuple[re.Match[str], re.Match[str]] | None:
+    """Return the last match in the text and that of `gold`, or None if one is missing or words deny the last one."""
+    matches = list(pattern.finditer(text))
+    reference = pattern.search(gold)
+    if not matches or reference is None or _HEDGED.search(text[: matches[-1].start()]):
+        return None
+    return matches[-1], reference
 
 
 def _parts(date: re.Match[str]) -> list[int | str]:
@@ -72,7 +93,7 @@ def _parts(date: re.Match[str]) -> list[int | str]:
     if date["iso"]:
         year, *month_and_day = map(int, date["iso"].split("-"))
         return [*month_and_day, year]
-    month = _MONTHS.index((date["month"] or date["named"])[:3].lower()) + 1
+    month = list(_MONTHS).index((date["month"] or date["named"])[:3].lower()) + 1
     year_text = date["year"] or date["in"]
     return [month, int(date["day"] or date["first"]), *([int(year_text)] if year_text else [])]
 
@@ -84,11 +105,10 @@ def is_clock(text: str) -> bool:
 
 def has_clock(text: str, gold: str) -> bool:
     """Return whether the last clock time of the text is that of `gold`. A time without a.m. or p.m. may be either."""
-    times = list(_CLOCK.finditer(text))
-    reference = _CLOCK.search(gold)
-    if not times or reference is None or _HEDGED.search(text[: times[-1].start()]):
+    found = _last_and_gold(_CLOCK, text, gold)
+    if found is None:
         return False
-    (seconds, certain), (gold_seconds, gold_certain) = _seconds(times[-1]), _seconds(reference)
+    (seconds, certain), (gold_seconds, gold_certain) = map(_seconds, found)
     half_day = 12 * 3600
     if certain and gold_certain:
         return seconds == gold_seconds

@@ -208,7 +208,7 @@ QUANTITIES = [  # a gold answer, completions that are equal to it, and others th
     ("1000", ["It is 1,000"], ["It is not 1,000"]),
     (
         "May 5, 2020",
-        ["5 May 2020", "It was on May 5th, 2020."],
+        ["5 May 2020", "It was on May 5th, 2020.", "May 5, 2020. Maybe 6 people came."],
         ["May 6, 2020", "May 5", "April 5, 2020 or May 6, 2020"],
     ),
     ("2020-05-06", ["2020-05-06", "on 2020-05-06."], ["2020-06-05", "2009", "2020-05-06 or 2020-06-05"]),
