@@ -103,17 +103,10 @@ def _function(args: argparse.Namespace) -> str:
 
 def _audit(args: argparse.Namespace) -> int:
     config = options_of(args)
-    from rewards.audit.audit import audit, show
-    from rewards.audit.page import page
-    from rewards.console import Terminal
+    from rewards.audit.audit import audit
+    from rewards.commands.printer import publish
 
-    result = audit(args.traces, config, args.functions or (), args.evaluation, args.tokenizer)
-    show(result, Terminal())
-    write(args.json, result.as_json())
-    if args.html is not None:
-        args.html.write_text(page(result), encoding="utf-8", errors="backslashreplace")
-        print(f"written to {args.html}")
-    return EXIT_ERROR if result.findings else 0
+    return publish(audit(args.traces, config, args.functions or (), args.evaluation, args.tokenizer), args)
 
 
 def options_of(args: argparse.Namespace) -> Any:

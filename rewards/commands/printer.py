@@ -1,0 +1,148 @@
+"""How every instrument's report is shown: as text, as JSON, as a page, and by the exit code."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from html import escape
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from rewards.commands.command_line import EXIT_ERROR, write
+from rewards.console import Terminal, visible
+from rewards.finding import Finding, Report, Where, row_of
+
+PLACES, SHOWN = 3, 20  # rows of a finding: in the terminal, and on the page
+LONG = 80  # characters; the page shows longer values by themselves
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>quartet</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f5; padding: .6rem; margin: .3rem 0 }}
+summary {{ cursor: pointer; padding: .3rem 0 }} article {{ border-top: 1px solid #ddd; padding: .6rem 0 }}
+code {{ font-weight: 600 }} p {{ color: #555 }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{facts}</p>
+{body}
+</body>
+</html>
+"""
+
+
+def publish(report: Report, args: argparse.Namespace) -> int:
+    """Prints the report, writes the files that were asked for, and returns the exit code."""
+    show(report, Terminal())
+    write(args.json, as_json(report))
+    html = getattr(args, "html", None)
+    if html is not None:
+        html.write_text(page(report), encoding="utf-8", errors="backslashreplace")
+        print(f"written to {html}")
+    return exit_code(report)
+
+
+def exit_code(report: Report) -> int:
+    """1 if a finding is more than a note."""
+    return EXIT_ERROR if report.faults else 0
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints what was read, then the findings, each with its rows and the change to make first."""
+    _say(console, report.title)
+    for name, value in report.facts.items():
+        _say(console, f"{name}: {_words(value)}")
+    for title, rows in report.tables.items():
+        if rows:
+            console.print(_table(title, rows, console.encoding))
+    for lacking, kinds in report.lacking.items():
+        _say(console, f"not recorded: {lacking}; not looked for: {', '.join(kinds)}")
+    for number, finding in enumerate(report.in_order, start=1):
+        _say(console, f"{number}. {finding.severity} {finding.kind}: {finding.evidence}")
+        for name, words in _details(finding):
+            _say(console, f"   {name}: {words}")
+    _say(console, summary(report))
+
+
+def summary(report: Report) -> str:
+    """How many findings there are of each severity, in words."""
+    counts = Counter(finding.severity for finding in report.in_order)
+    words = [f"{count} {severity}{'s' if count > 1 else ''}" for severity, count in counts.items()]
+    return ", ".join(words) or "Nothing was found."
+
+
+def _details(finding: Finding) -> list[tuple[str, str]]:
+    places = [_place(where) for where in finding.where[:PLACES]]
+    more = len(finding.where) - PLACES
+    if more > 0:
+        places.append(f"and {more} more")
+    lines = {"Cause": finding.cause, "Change": finding.change, "At": ", ".join(places)}
+    return [(name, words) for name, words in lines.items() if words]
+
+
+def _place(where: Where) -> str:
+    """An option's key or the like, or a row of a file, without the folder."""
+    return where if isinstance(where, str) else where.place.rpartition("/")[2]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(entry)}" for name, entry in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def _table(title: str, rows: Any, encoding: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        is_text = any(isinstance(row.get(name), str) and len(row[name]) > 24 for row in rows)
+        numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
+        column = Column(name, overflow="fold", justify="right" if numbers else "left", no_wrap=not is_text)
+        table.add_column(column.header, overflow=column.overflow, justify=column.justify, no_wrap=column.no_wrap)
+    for row in rows:
+        table.add_row(*(Text(visible(_words(row.get(name, "")), 400, encoding)) for name in names))
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    words = visible(text.replace("\n", " "), 2000, console.encoding)
+    console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """What --json writes: what was read, and the findings with up to 200 rows each."""
+    read = {"title": report.title, "facts": report.facts, "tables": report.tables, "lacking": report.lacking}
+    return {**read, "findings": [finding.as_json() for finding in report.in_order], **report.more}
+
+
+def page(report: Report) -> str:
+    """One HTML file without scripts, whose text is that of the rows and nothing else."""
+    facts = "; ".join(f"{name}: {_words(value)}" for name, value in report.facts.items())
+    body = "\n".join(map(_section, report.in_order)) or "<p>Nothing was found.</p>"
+    title = f"{report.title}: {summary(report)}"
+    return PAGE.format(title=escape(title), facts=escape(facts), body=body)
+
+
+def _section(finding: Finding) -> str:
+    rows = "\n".join(_article(row_of(where)) for where in finding.where[:SHOWN])
+    more = f"<p>and {len(finding.where) - SHOWN} more</p>" if len(finding.where) > SHOWN else ""
+    head = f"<summary>{finding.severity} <code>{escape(finding.kind)}</code> {escape(finding.evidence)}</summary>"
+    words = f"<p>{escape(finding.cause)}. Change: {escape(finding.change)}.</p>"
+    return f"<details>{head}{words}\n{rows}\n{more}</details>"
+
+
+def _article(row: dict[str, Any]) -> str:
+    texts = {name: _words(value) for name, value in row.items() if value not in (None, "")}
+    long = [name for name, text in texts.items() if name in ("prompt", "completion") or len(text) > LONG]
+    line = ", ".join(f"{name} {text}" for name, text in texts.items() if name not in long)
+    blocks = "".join(f"<pre>{escape(texts[name])}</pre>" for name in long)
+    return f"<article>{escape(line)}{blocks}</article>"
