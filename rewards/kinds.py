@@ -46,6 +46,20 @@ sum-of-parts | error | the reward is not the weighted sum of its parts
 weights-changed | error | weights change within the run | keep one set of weights | 1, 1 | 1, then 0.3
 mean-differs | error | the recorded mean is of other rollouts
     | divide by the number of rollouts | 0.5 = 4/8 | 0.44 = 4/9
+gold-refused | error | a reference solution misses the full score | fix the reward, or give --template | 1 | 0
+wrong-accepted | error | a wrong answer gets the full score | compare with the reference answer | `8` for 7: 0 | 1
+form-refused | note | another form of the answer scores less | read equal forms | `7.0`: 1 | `7.0`: 0
+odd-accepted | note | a hedge, a denial or the question scores in full | read only the last answer | `7 or 8`: 0 | 1
+abstains | note | the function returned None | fine if it cannot judge these | 0 of 154 | 154 of 154
+bare-answers | note | solutions have no form around the answer | --template '<answer>{answer}</answer>' | `#### 7` | `7`
+nothing-wrong | note | no wrong completion could be tried | use rows with different answers | 7, 8 | yes, yes
+length-scored | note | the score follows length | give correctness the largest weight | r = 0.1 | r = 0.6
+slow-reward | note | the reward takes most of its time limit
+    | raise reward.timeout_s, or make it faster | 1 of 10 s | 7 of 10 s
+ids-made-up | note | the function asks for completion_ids | try it in a run: rehearse | texts only | completion_ids
+arguments-changed | error | the function changes its arguments | copy them first | same after the call | reversed
+prints | error | the function prints | log with log_metric | silent | `no answer`
+memory-leak | error | something is kept after each call | drop what the call made | 0 bytes | 6,753 bytes
 ## Advantages and groups
 advantage-mismatch | error | advantages are not rewards less their mean
     | compute them per group | 1 0: +½ −½ | 1 0: +½ +½

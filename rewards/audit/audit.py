@@ -83,7 +83,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
                 [group[0].prompt for group in groups],
                 [[_answer(trace) for trace in group] for group in groups],
                 [{}] * len(groups),
-                prompt_ids=[group[0].place for group in groups],
+                prompt_ids=[group[0].key for group in groups],
                 completion_ids=[[trace.token_ids for trace in group] for group in groups] if has_ids else None,
                 completion_columns=[
                     {name: [columns[trace].get(name) for trace in group] for name in names} for group in groups
@@ -98,7 +98,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
         )
     one, two = ([reward for score in scores for reward in score.rewards] for scores in (first, second))
     messages = {(e.prompt_id, e.sample_index): str(e) for score in first for e in score.errors}
-    failures = [t for group in groups for i, t in enumerate(group) if (group[0].place, i) in messages]
+    failures = [t for group in groups for i, t in enumerate(group) if (group[0].key, i) in messages]
     if failures:
         what = f"{spec.label} fails on {len(failures)} rollouts: {next(iter(messages.values())):.160}"
         yield found("reward-fails", what, failures)

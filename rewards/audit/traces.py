@@ -115,12 +115,16 @@ class Trace:
         return len(self.token_ids) or len(self.completion)
 
     @property
-    def place(self) -> str:
+    def key(self) -> str:
         return f"{self.file}:{self.row}"
+
+    @property
+    def place(self) -> str:
+        return f"{Path(self.file).name}:{self.row}"
 
     def as_row(self) -> dict[str, Any]:
         """What a report shows of it. A number that is none is left out."""
-        names = ("file", "row", "step", "group", "finish_reason", "error")
+        names = ("step", "group", "finish_reason", "error")
         numbers = {"reward": self.reward, "advantage": self.advantage, **self.parts}
         finite = {
             name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()

@@ -13,9 +13,10 @@ from rich.text import Text
 
 from rewards.commands.command_line import EXIT_ERROR, write
 from rewards.console import Terminal, visible
-from rewards.finding import Finding, Report, Where, row_of
+from rewards.finding import Case, Finding, Report, row_of
 
 PLACES, SHOWN = 3, 20  # rows of a finding: in the terminal, and on the page
+CUT, TEXTS = 120, ("prompt", "completion", "text")  # characters of a text in the terminal
 LONG = 80  # characters; the page shows longer values by themselves
 PAGE = """<!doctype html>
 <html lang="en">
@@ -65,10 +66,35 @@ def show(report: Report, console: Console) -> None:
     for lacking, kinds in report.lacking.items():
         _say(console, f"not recorded: {lacking}; not looked for: {', '.join(kinds)}")
     for number, finding in enumerate(report.in_order, start=1):
-        _say(console, f"{number}. {finding.severity} {finding.kind}: {finding.evidence}")
-        for name, words in _details(finding):
-            _say(console, f"   {name}: {words}")
+        for line in lines(finding):
+            _say(console, f"{number}. {line}" if line[:1] != " " else line)
     _say(console, summary(report))
+
+
+def text_of(report: Report) -> str:
+    """The faults of a report, for the message of an error."""
+    every = [line for finding in report.in_order if finding.is_fault for line in lines(finding)]
+    return "\n  ".join([report.title, *every])
+
+
+def lines(finding: Finding) -> list[str]:
+    """The finding in lines: what it rests on, its cause, the first change, and its first rows."""
+    text = [f"{finding.severity} {finding.kind}: {finding.evidence}"]
+    text += [f"   {name}: {words}" for name, words in (("Cause", finding.cause), ("Change", finding.change)) if words]
+    keys = [where for where in finding.where if isinstance(where, str)]
+    rows = [where for where in finding.where if not isinstance(where, str)]
+    more = [f"and {len(finding.where) - PLACES} more"] if len(finding.where) > PLACES else []
+    if keys:
+        text.append(f"   At: {', '.join([*keys[:PLACES], *more])}")
+    text += [f"   At: {row.place}: {_shortly(row)}" for row in rows[:PLACES]]
+    return [*text, f"   {more[0]}"] if rows and more else text
+
+
+def _shortly(row: Case) -> str:
+    """What a row has, but for what is empty and for lists."""
+    shown = {name: value for name, value in row.as_row().items() if value not in (None, "") or name == "completion"}
+    texts = {name: f"'{visible(value, CUT)}'" for name, value in shown.items() if name in TEXTS}
+    return _words(shown | texts)
 
 
 def summary(report: Report) -> str:
@@ -76,20 +102,6 @@ def summary(report: Report) -> str:
     counts = Counter(finding.severity for finding in report.in_order)
     words = [f"{count} {severity}{'s' if count > 1 else ''}" for severity, count in counts.items()]
     return ", ".join(words) or "Nothing was found."
-
-
-def _details(finding: Finding) -> list[tuple[str, str]]:
-    places = [_place(where) for where in finding.where[:PLACES]]
-    more = len(finding.where) - PLACES
-    if more > 0:
-        places.append(f"and {more} more")
-    lines = {"Cause": finding.cause, "Change": finding.change, "At": ", ".join(places)}
-    return [(name, words) for name, words in lines.items() if words]
-
-
-def _place(where: Where) -> str:
-    """An option's key or the like, or a row of a file, without the folder."""
-    return where if isinstance(where, str) else where.place.rpartition("/")[2]
 
 
 def _words(value: Any) -> str:
@@ -142,7 +154,7 @@ def _section(finding: Finding) -> str:
 
 def _article(row: dict[str, Any]) -> str:
     texts = {name: _words(value) for name, value in row.items() if value not in (None, "")}
-    long = [name for name, text in texts.items() if name in ("prompt", "completion") or len(text) > LONG]
+    long = [name for name, text in texts.items() if name in TEXTS or len(text) > LONG]
     line = ", ".join(f"{name} {text}" for name, text in texts.items() if name not in long)
     blocks = "".join(f"<pre>{escape(texts[name])}</pre>" for name in long)
     return f"<article>{escape(line)}{blocks}</article>"

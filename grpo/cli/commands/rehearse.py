@@ -365,11 +365,11 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[f
         seconds.append(1 / check.completions_per_second)
         result.facts[f"reward {label}"] = {kind.kind: kind.mean for kind in check.kinds if kind.count}
         if as_it_is and tied([kind.mean for kind in check.kinds]):
-            check.problems.append("all kinds of completions score the same, and a constant teaches nothing")
-        for problem in check.problems:
-            result.add("spoils", key, problem, f"quartet reward test {reward.function} shows it")
+            check.add("reward-constant", "all kinds of completions score the same, and a constant teaches nothing")
+        for problem in check.faults:
+            result.add("spoils", key, problem.evidence, f"quartet reward test {reward.function} shows it")
         for note in check.notes:
-            result.add("warns", key, note)
+            result.add("warns", key, note.evidence)
     return max(seconds, default=0.0), sum(seconds)
 
 

@@ -46,7 +46,9 @@ def test_exit_codes_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "mine.jsonl:6" in capsys.readouterr().out
     written = json.loads(outputs[0].read_text())
     kinds = {finding["kind"]: finding["where"] for finding in written["findings"]}
-    assert [(row["row"], row["step"], row["group"]) for row in kinds["failure-as-number"]] == [(6, 1, "g1")]
+    assert [(row["place"], row["step"], row["group"]) for row in kinds["failure-as-number"]] == [
+        ("mine.jsonl:6", 1, "g1")
+    ]
     html = outputs[1].read_text()
     assert "failure-as-number" in html
     assert "TimeoutError: 10 s" in html

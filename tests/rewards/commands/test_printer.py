@@ -11,7 +11,7 @@ from rewards.kinds import NOTE
 
 
 class Row:
-    place = "runs/a/rollouts.jsonl:6"
+    place = "rollouts.jsonl:6"
 
     def as_row(self):
         return {"reward": 0.5, "error": None, "completion": "<b>4</b>\x1b[31m"}
@@ -27,7 +27,7 @@ def text_of(report):
 def report():
     findings = [
         found("clipped", "half of them", severity=NOTE, change=""),
-        found("tied-groups", "nine of ten"),
+        found("tied-groups", "nine of ten", ["step 3", "step 4"]),
         found("advantage-sign", "3 of 8 groups", [Row()] * 5),
     ]
     tables = {"by step": [{"step": 1, "mean": 0.123456}, {"step": 2, "mean": None}]}
@@ -43,11 +43,14 @@ def test_causes_come_before_symptoms_and_notes_last(report):
         "2. warning tied-groups: nine of ten",
         "3. note clipped: half of them",
     ]
-    assert lines[lines.index(heads[0]) + 1 :][:3] == [
+    row = "   At: rollouts.jsonl:6: reward 0.5, completion '<b>4</b>\\x1b[31m'"
+    assert lines[lines.index(heads[0]) + 1 :][:6] == [
         "   Cause: worse answers are raised",
         "   Change: turn the sign",
-        "   At: rollouts.jsonl:6, rollouts.jsonl:6, rollouts.jsonl:6, and 2 more",
+        *[row] * 3,
+        "   and 2 more",
     ]
+    assert "   At: step 3, step 4" in lines
     assert lines[-2:] == ["   Cause: completions are truncated", "1 error, 1 warning, 1 note"]
 
 
