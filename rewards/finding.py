@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 from rewards.kinds import KINDS, NOTE, ORDER, Severity
@@ -51,6 +51,12 @@ def row_of(where: Where) -> dict[str, Any]:
     return {"place": where} if isinstance(where, str) else {"place": where.place} | where.as_row()
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(map(_plain, value))
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
 def found(kind: str, evidence: str, where: Iterable[Where] | str = (), **others: Any) -> Finding:
     """A finding with the severity, the cause and the first change of its kind, unless `others` name better ones.
 
@@ -77,6 +83,12 @@ class Report:
     tables: dict[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     lacking: dict[str, list[str]] = field(default_factory=dict)
+
+    def own(self) -> dict[str, Any]:
+        """What a kind of report adds, as files have it."""
+        usual = {each.name for each in fields(Report)}
+        names = [each.name for each in fields(self) if each.name not in usual]
+        return {name: _plain(getattr(self, name)) for name in names} | self.more
 
     @property
     def in_order(self) -> list[Finding]:

@@ -60,6 +60,11 @@ ids-made-up | note | the function asks for completion_ids | try it in a run: reh
 arguments-changed | error | the function changes its arguments | copy them first | same after the call | reversed
 prints | error | the function prints | log with log_metric | silent | `no answer`
 memory-leak | error | something is kept after each call | drop what the call made | 0 bytes | 6,753 bytes
+## Environments
+environment-fails | error | episodes cannot go on | raise only for calls that the policy may correct | a text | timeout
+bad-calls-scored | error | refused calls change the reward | score only what tools did | 1, 1 | 1, 0
+not-shown | note | nothing shows that the full score can be had | add _demonstration(**columns) | 16 of 16 | none
+no-reward | note | get_reward returns no number | try what judges the answers: quartet reward test | 0.5 | None
 ## Advantages and groups
 advantage-mismatch | error | advantages are not rewards less their mean
     | compute them per group | 1 0: +½ −½ | 1 0: +½ +½

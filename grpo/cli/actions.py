@@ -366,13 +366,10 @@ def _migrate(args: argparse.Namespace, read: Callable[[Path], Migration]) -> int
 
 def environment_test(args: argparse.Namespace) -> int:
     config = _load(args)
-    from grpo.cli.commands.environment_test import check_environment, show_check
-    from rewards.console import Terminal
+    from grpo.cli.commands.environment_test import check_environment
+    from rewards.commands.printer import publish
 
-    check = check_environment(args.environment, config)
-    show_check(check, Terminal())
-    write(args.json, asdict(check))
-    return EXIT_ERROR if check.problems else 0
+    return publish(check_environment(args.environment, config), args)
 
 
 # Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its

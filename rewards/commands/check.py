@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from statistics import StatisticsError, correlation, fmean, quantiles
 from typing import Any
 
@@ -125,8 +125,6 @@ class RewardCheck(Report):
         }
         if self.logged:
             self.facts["logged in all"] = ", ".join(f"{name} {total:,.10g}" for name, total in self.logged.items())
-        names = {each.name for each in fields(self)} - {each.name for each in fields(Report)}
-        self.more = {name: value for name, value in asdict(self).items() if name in names}
 
 
 def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:

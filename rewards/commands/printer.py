@@ -7,8 +7,9 @@ from collections import Counter
 from html import escape
 from typing import Any
 
+from rich import box
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from rewards.commands.command_line import EXIT_ERROR, write
@@ -113,13 +114,13 @@ def _words(value: Any) -> str:
 
 
 def _table(title: str, rows: Any, encoding: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    """Numbers stand at the right, and are whole on a narrow terminal, as the first column is."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
-        is_text = any(isinstance(row.get(name), str) and len(row[name]) > 24 for row in rows)
-        numbers = all(isinstance(row.get(name), int | float | None) for row in rows)
-        column = Column(name, overflow="fold", justify="right" if numbers else "left", no_wrap=not is_text)
-        table.add_column(column.header, overflow=column.overflow, justify=column.justify, no_wrap=column.no_wrap)
+        is_number = all(isinstance(row.get(name), int | float | None) for row in rows)
+        is_whole = is_number or name == names[0]
+        table.add_column(name, overflow="fold", justify="right" if is_number else "left", no_wrap=is_whole)
     for row in rows:
         table.add_row(*(Text(visible(_words(row.get(name, "")), 400, encoding)) for name in names))
     return table
@@ -133,7 +134,7 @@ def _say(console: Console, text: str) -> None:
 def as_json(report: Report) -> dict[str, Any]:
     """What --json writes: what was read, and the findings with up to 200 rows each."""
     read = {"title": report.title, "facts": report.facts, "tables": report.tables, "lacking": report.lacking}
-    return {**read, "findings": [finding.as_json() for finding in report.in_order], **report.more}
+    return {**read, "findings": [finding.as_json() for finding in report.in_order], **report.own()}
 
 
 def page(report: Report) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,6 @@ class Replay(Report):
         if self.failures:
             self.add("reward-fails", f"{len(self.failures)} of {completions} completions failed: {self.failures[0]}")
         self.facts = {"scored": f"{completions} completions of {len(self.steps)} steps"}
-        values = {"run": self.run, "function": self.function, "against": self.against}
-        names = ("steps", "changes", "failures")
-        self.more = {name: value for name, value in asdict(self).items() if name in names} | values
 
 
 def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
