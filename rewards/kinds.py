@@ -27,6 +27,15 @@ class Kind(NamedTuple):
 TABLE = r"""
 ## Runs
 failed | error | an error ended the run | fix it, then --resume auto, or start again | the last step | `OSError`
+refused | error | the run refuses this | change the option that is named | lora.rank: 8 | lora.rank: 0
+memory | error | memory or disk are too small | take one of the named options | 12 of 16 GiB | 20 of 16 GiB
+context-too-short | error | prompt and completion do not fit | raise max_model_len | 300 of 512 | 600 of 512
+no-device | note | memory was not compared | give --device_gib 80 | a GPU | none
+no-step | note | no small model could be trained | try one step of the run | 2 steps | none
+not-saved | note | an error loses all steps | lower checkpoint.every | every 10 of 100 | every 200 of 100
+not-evaluated | note | nothing is evaluated | eval.limit: 100, and eval.every below steps | 100 problems | none
+tracker-missing | note | a tracker is not installed | install it, or leave it out of log.trackers | installed | missing
+not-converted | note | the source has no counterpart here | read the line | all options | push_to_hub
 ## Rewards
 reward-fails | error | the reward fails | make it return None where it cannot judge | 0.0 | `IndexError`
 unmarked | error | completions have no score
@@ -60,11 +69,63 @@ ids-made-up | note | the function asks for completion_ids | try it in a run: reh
 arguments-changed | error | the function changes its arguments | copy them first | same after the call | reversed
 prints | error | the function prints | log with log_metric | silent | `no answer`
 memory-leak | error | something is kept after each call | drop what the call made | 0 bytes | 6,753 bytes
+noise-rewarded | warning | random text scores like an answer | let text that means nothing score less | 0 | 0.9
 ## Environments
+tool-fails | error | a tool fails | fix it | a text | timeout
 environment-fails | error | episodes cannot go on | raise only for calls that the policy may correct | a text | timeout
 bad-calls-scored | error | refused calls change the reward | score only what tools did | 1, 1 | 1, 0
 not-shown | note | nothing shows that the full score can be had | add _demonstration(**columns) | 16 of 16 | none
 no-reward | note | get_reward returns no number | try what judges the answers: quartet reward test | 0.5 | None
+## Architectures
+paths | error | quartet refuses the architecture, or a slower path is taken
+    | see the words | own cache, packed | refused
+own-code | note | the folder brings code, which is not run | nothing, if the stock type is meant | none | auto_map
+weight-files | error | the files are not of config.json | correct config.json | as described | refused
+the-same-twice | error | a forward is not deterministic
+    | fix its forward first: it drops or adds noise without training, or keeps what it read before | 0 | 0.1
+causal | error | a token sees later tokens
+    | no trainer can use this: set is_decoder or causal in config.json; route each token alone | 0 | 0.1
+prefill-decode-whole-forward | error | the cache changes log-probs
+    | sample without this cache (use_cache=False), and report it to transformers | 1e-6 | 0.1
+prompt-in-pieces | error | a prompt in two pieces differs
+    | read a prompt at once (no prefill_chunk_size, no assistant, no cache of an earlier turn) | 1e-6 | 0.1
+rows-in-one-cache | error | reordered rows differ
+    | decode a row at a time, without beams, and report it; quartet reads its own cache otherwise | 1e-6 | 0.1
+batch-invariance | error | rows read each other | sample and learn one row at a time, and report it | 1e-6 | 0.1
+left-right-padding | error | padding changes log-probs
+    | read rows of one length together (per_device_train_batch_size=1), or pad the other side | 1e-6 | 0.1
+decode-beside-padding | error | padding changes decoding
+    | sample prompts of one length together; quartet pads only where it is right | 1e-6 | 0.1
+packed-alone | error | packed rows see each other
+    | do not pack rows (TRL: packing=False, padding_free=False); quartet packs only where it is right | 1e-6 | 0.1
+short-time-steps | error | prompts are clamped, decoded tokens are not
+    | set time_step_min in config.json to 1e-9 | 1e-6 | 0.1
+windows | error | the window is not applied | keep contexts shorter than it, and report it | they slide | ignored
+router | error | router scores tie or are rounded
+    | compute the router in float32 (transformers: _keep_in_fp32_modules); break ties by random weights | no ties | 3 %
+router-flips | note | bfloat16 chooses other experts
+    | dtype: float32; elsewhere replay the sampler's experts | 0 % | 2 %
+gradient-checkpointing | error | checkpointing changes gradients
+    | leave it off (learner.gradient_checkpointing, gradient_checkpointing=False) | 1e-6 | 0.1
+lm-head | error | LM head and configuration differ
+    | set tie_word_embeddings in config.json to what the weights are | tied | apart
+lora | note | LoRA does not reach all weights | name the other modules in lora.targets | 98 % | 60 %
+chat-template | error | the template changes turns
+    | over several turns keep the ids of what was sampled, as quartet does, and never render again
+    | keeps turns | rewrites turns
+stop-and-pad | error | a turn does not end with a stop token
+    | name the token that ends a turn in eos_token_id of generation_config.json, and another pad_token
+    | `<eos>` | no stop
+## Prompts
+begins-twice | warning | prompts begin with two BOS tokens | take it out of the template: the tokenizer adds it | 1 | 2
+template-twice | warning | questions hold chat markers
+    | give the bare question, or use a format string | `2 + 2?` | `<user>2 + 2?`
+template-not-used | note | the chat template is not used | set data.template: chat | chat | `{question}`
+said-twice | note | prompts repeat a sentence | say it once | once | twice
+copies | warning | problems look the same | show the columns that tell them apart, or take copies out | 0 % | 20 %
+form-not-asked | warning | no prompt asks for the form that scores | ask for it | `in <answer>` | nothing
+gold-truncated | warning | reference solutions are too long | raise rollout.max_completion_tokens | 0 % | 20 %
+thought-truncated | warning | thinking is cut before the answer | raise rollout.max_completion_tokens | 4096 | 256
 ## Advantages and groups
 advantage-mismatch | error | advantages are not rewards less their mean
     | compute them per group | 1 0: +½ −½ | 1 0: +½ +½
@@ -81,7 +142,8 @@ stop-token | warning | the policy does not stop after its answer
     | name the token that ends an answer as eos_token_id in generation_config.json of model
     | `#### 4<eos>` | `#### 4 #### 4…`
 misaligned | error | lengths of ids, log-probs or masks differ | record them together | 9, 9 | 9, 8
-round-trip | error | the ids are not the text | train on the sampled ids | ids of `4` | ids of `5`
+round-trip | error | the ids are not the text
+    | hand ids, never text, from the sampler to the learner | ids of `4` | ids of `5`
 bad-logprobs | error | log-probs are impossible | record those of the sampler | −0.2 | +0.2
 two-temperatures | error | one token in one context has two log-probs
     | score at the sampling temperature | −0.2, −0.2 | −0.2, −0.9
@@ -139,6 +201,9 @@ answer-missing | error | high scores without the reference answer
     | compare with the reference answer | `7` for 7 | `8` for 7
 template-rewarded | error | one long text scores for several prompts
     | compare with the reference answer | 3 texts | 1 text
+too-many-epochs | warning | the data repeat too often | lower steps | 2 epochs | 40
+warmup-too-long | warning | warm-up never ends | lower learner.warmup_steps | 10 of 200 | 200 of 200
+rate-unusual | warning | the rate is outside of what learned | set learner.learning_rate: 1e-6 | 1e-6 | 0.1
 small-groups | warning | few completions are compared | raise rollout.group_size to 8 | 8 | 2, and no gain
 tied-groups | warning | zero-variance groups teach nothing
     | leave out problems that are always or never solved; raise rollout.group_size | 30 % | over 90 %

@@ -133,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rehearse(args: argparse.Namespace) -> int:
-    from grpo.cli.commands.rehearsal import Rehearsal, show
-    from rewards.console import Terminal
+    from grpo.cli.commands.rehearsal import Rehearsal
+    from rewards.commands.printer import publish
 
     source = args.verl or str(args.config)
     with tempfile.TemporaryDirectory(prefix="migration_") as folder:
@@ -150,12 +150,12 @@ def rehearse(args: argparse.Namespace) -> int:
             if migration:
                 result.read_from(migration)
         except ValueError as error:
-            result = Rehearsal(source)
+            result = Rehearsal(f"rehearsal of {source}")
             for problem in getattr(error, "problems", [str(error)]):  # of a ConfigError
                 result.refuse(problem)
-    show(result, Terminal())
-    write(args.json, asdict(result) | {"wrong": result.wrong})
-    return EXIT_ERROR if result.wrong else 0
+    for name, words in result.disturbed.items():
+        result.facts[f"fault, {name}"] = words
+    return publish(result, args)
 
 
 def _read_for_others(args: argparse.Namespace, folder: Path) -> Migration | None:
@@ -299,14 +299,10 @@ def check(args: argparse.Namespace) -> int:
     if args.layers < 1:
         return fail(f"--layers={args.layers}: give 1 or more of each kind", EXIT_USAGE)
     _begin()
-    from grpo.cli.commands import check, summary
+    from grpo.cli.commands.check import check, report
+    from rewards.commands.printer import publish
 
-    rows = check.check(args.model, args.layers)
-    summary.CONSOLE.print(check.table(args.model, rows))
-    for line in check.lines(rows):
-        summary.CONSOLE.print(line, markup=False, highlight=False)
-    write(args.json, dict(check.as_json(args.model, rows)))
-    return EXIT_ERROR if any(row.wrong for row in rows) else 0
+    return publish(report(args.model, check(args.model, args.layers)), args)
 
 
 def export(args: argparse.Namespace) -> None:

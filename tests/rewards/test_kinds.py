@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from rewards.kinds import ERROR, KINDS, NOTE, WARNING
+from rewards.kinds import ERROR, KINDS, NOTE, WARNING, sections
 
 ROOT = Path(__file__).parents[2]
-CALLS = re.compile(r'\bfound\(\s*"([a-z0-9-]+)"')
+CALLS = re.compile(r'\b(?:found|add)\(\s*"([a-z0-9-]+)"')
 
 
 def test_the_table_and_the_instruments_have_the_same_kinds():
@@ -14,7 +14,8 @@ def test_the_table_and_the_instruments_have_the_same_kinds():
     source = "\n".join(file.read_text() for file in files if file.name != "kinds.py")
     called = set(CALLS.findall(source))
     assert called - KINDS.keys() == set()
-    assert {kind for kind in KINDS if f'"{kind}"' not in source} == set()
+    of_rows = sections()["Architectures"]  # made of the names of rows: see test_check.py of `quartet check`
+    assert {kind for kind in KINDS if f'"{kind}"' not in source} - of_rows.keys() == set()
 
 
 def test_each_kind_has_all_its_words():
