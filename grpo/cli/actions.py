@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpo.cli.migration.migration import Migration
     from grpo.config.mtp import MtpConfig
     from grpo.config.run import RunConfig, SftConfig, TrainConfig
+    from rewards.finding import Report
 
 
 def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
@@ -123,13 +124,19 @@ def run(args: argparse.Namespace) -> int:
     from grpo.cli.commands import summary
 
     if args.dry_run:
-        return 0 if summary.dry_run(config, device_gib=args.device_gib, **_flags(args)) else EXIT_ERROR
+        return _publish(summary.dry_run(config, device_gib=args.device_gib, **_flags(args)))
     from grpo.cli.launch import launch
 
     results = launch(config, **_flags(args))
     if results is not None:
         summary.summary(results)
     return 0
+
+
+def _publish(report: Report) -> int:
+    from rewards.commands.printer import publish
+
+    return publish(report, argparse.Namespace(json=None))
 
 
 def rehearse(args: argparse.Namespace) -> int:
@@ -190,8 +197,7 @@ def mtp(args: argparse.Namespace) -> int:
     from grpo.cli.commands import summary
 
     if args.dry_run:
-        fits = summary.mtp_dry_run(config, **_flags(args), device_gib=args.device_gib)
-        return 0 if fits else EXIT_ERROR
+        return _publish(summary.mtp_dry_run(config, **_flags(args), device_gib=args.device_gib))
     from grpo.cli.mtp import mtp
     from rewards.config.problems import command_line
 
