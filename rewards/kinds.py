@@ -204,6 +204,10 @@ template-rewarded | error | one long text scores for several prompts
 too-many-epochs | warning | the data repeat too often | lower steps | 2 epochs | 40
 warmup-too-long | warning | warm-up never ends | lower learner.warmup_steps | 10 of 200 | 200 of 200
 rate-unusual | warning | the rate is outside of what learned | set learner.learning_rate: 1e-6 | 1e-6 | 0.1
+step-differs | warning | the replayed step is not the recorded one
+    | use the run's configuration, device and version | 1e-7 | 0.02
+nothing-learned | note | a step changed nothing | look at group/zero_variance of other steps | one update | none
+opposing-group | note | a group's gradient opposes the others | look at its rewards first | cosine 0.2 | −0.4
 small-groups | warning | few completions are compared | raise rollout.group_size to 8 | 8 | 2, and no gain
 tied-groups | warning | zero-variance groups teach nothing
     | leave out problems that are always or never solved; raise rollout.group_size | 30 % | over 90 %

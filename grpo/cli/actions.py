@@ -324,12 +324,13 @@ def export(args: argparse.Namespace) -> None:
     print(escaped(message))
 
 
-def why(args: argparse.Namespace) -> None:
+def why(args: argparse.Namespace) -> int:
     from grpo.cli.why.report import tell
+    from rewards.commands.printer import publish
     from rewards.console import Terminal
 
     options = {name: getattr(args, name) for name in ("group", "groups", "tokens", "held_out", "what_if")}
-    write(args.json, asdict(tell(args.run, args.step, Terminal(), **options)))
+    return publish(tell(args.run, args.step, Terminal(), **options), args)
 
 
 def from_trl(args: argparse.Namespace) -> int:

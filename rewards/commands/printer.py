@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from html import escape
 from typing import Any
@@ -19,6 +20,7 @@ from rewards.finding import Case, Finding, Report, row_of
 PLACES, SHOWN = 3, 20  # rows of a finding: in the terminal, and on the page
 CUT, TEXTS = 120, ("prompt", "completion", "text")  # characters of a text in the terminal
 LONG = 80  # characters; the page shows longer values by themselves
+NUMBER = re.compile(r"[-+]?[0-9.]*(?:e[-+]?[0-9]+)?%?")  # or nothing, or a dash
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -118,7 +120,7 @@ def _table(title: str, rows: Any, encoding: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
-        is_number = all(isinstance(row.get(name), int | float | None) for row in rows)
+        is_number = all(NUMBER.fullmatch(_words(row.get(name, ""))) for row in rows)
         is_whole = is_number or name == names[0]
         table.add_column(name, overflow="fold", justify="right" if is_number else "left", no_wrap=is_whole)
     for row in rows:
