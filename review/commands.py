@@ -25,7 +25,7 @@ COMPARE = (
     argument("--steps", type=int, nargs="+", default=[], metavar="N", help="by default at most twelve, evenly spaced"),
     json_argument("what the tables show"),
 )
-_RUN = "a run folder, also of a run that goes on, is stuck or has failed; nothing in it is touched"
+_RUN = "a run folder, also of a run that goes on or has failed, or rollouts of another trainer; nothing is touched"
 DIAGNOSE = (argument("run", type=Path, metavar="RUN", help=_RUN), json_argument("what was found"))
 
 

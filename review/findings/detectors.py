@@ -279,6 +279,11 @@ DETECTORS: tuple[Callable[[Record], Finding | None], ...] = (
     *(all_solved, none_solved, hacked, group_size, tied, rate_low, other_part, noise, tiny_differences, weights),
     *(entropy, clipped),
 )
+OF_RECORD = (  # what only the record of a run shows
+    *("failed", "unmarked", "temperature", "rate-high", "stop-token", "sign-flipped", "reward-constant", "template"),
+    *("answer-column", "all-solved", "none-solved", "small-groups", "rate-low", "other-part", "noise"),
+    *("tiny-differences", "weights", "entropy", "clipped", "evaluation", "training-only", "rate-decay"),
+)
 PAID = {kind for kind, _ in SAID.values()}
 TIED = {"all-solved", "none-solved", "tied-groups", "rate-low", "entropy"} | PAID
 EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are left out after it

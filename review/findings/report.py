@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from review.findings.alarms import SAID
-from review.findings.detectors import DETECTORS, EXPLAINED, NO_CAUSE
+from review.findings.detectors import DETECTORS, EXPLAINED, NO_CAUSE, OF_RECORD
 from review.findings.gains import of_run
 from review.readers.record import Record
+from rewards.audit.audit import audit
 from rewards.audit.detectors import OF_SAMPLE
 from rewards.audit.findings import Rollouts
-from rewards.audit.traces import Trace, traces_of
+from rewards.audit.options import AuditConfig
+from rewards.audit.traces import Trace, trace_files, traces_of
 from rewards.finding import Finding, Report, found
 from rewards.kinds import KINDS, ORDER
 from rewards.records import rollout_path
@@ -57,8 +59,29 @@ def of_rollouts(record: Record) -> list[Finding]:
     return [finding for finding in findings if finding.where]
 
 
-def report(folder: Path) -> Report:
-    """Raises ValueError for a folder that is no run of `quartet train`."""
+def report(path: Path) -> Report:
+    """What a run folder shows, or rollouts that another trainer recorded, which have no curves. Raises ValueError for
+    what is neither."""
+    if not is_of_others(path):
+        return of_run_folder(path)
+    result = audit(path, AuditConfig())
+    result.lacking["options, metrics and events of a run"] = list(OF_RECORD)
+    return result
+
+
+def is_of_others(path: Path) -> bool:
+    """Whether there are rollouts, and no run of ours."""
+    if path.is_file():
+        return True
+    if next(path.glob("metrics.jsonl"), None) or next(path.glob("*/metrics.jsonl"), None):
+        return False
+    try:
+        return bool(trace_files(path))
+    except FileNotFoundError:
+        return False
+
+
+def of_run_folder(folder: Path) -> Report:
     record = Record(folder)
     before, after, _ = record.rise
     facts: dict[str, object] = {

@@ -20,6 +20,22 @@ from rewards.scorer import RewardSpec, Scorer
 NEAR = 1e-6
 FEW = 64  # rollouts after which a reward that never varies is suspicious
 ABSENT = object()
+# What a source may lack: whether a rollout has it, and which findings need it.
+NEEDED: dict[str, tuple[Callable[[Trace], bool], list[str]]] = {
+    "advantages": (
+        lambda trace: trace.advantage is not None,
+        ["advantage-mismatch", "advantage-sign", "advantage-mean", "denominators-differ", "unscored-counts"],
+    ),
+    "token ids": (lambda trace: bool(trace.token_ids), ["misaligned", "round-trip"]),
+    "log-probabilities": (lambda trace: bool(trace.logprobs), ["bad-logprobs", "two-temperatures"]),
+    "finish reasons": (lambda trace: trace.finish_reason is not None, ["cut-as-finished"]),
+    "steps": (lambda trace: trace.step is not None, ["step-order", "missing-steps", "repeated-step", "length-drift"]),
+    "policy versions": (lambda trace: trace.version is not None, ["stale", "version-ahead"]),
+    "loss denominators": (
+        lambda trace: trace.loss_denominator is not None,
+        ["denominator", "masked-in-denominator"],
+    ),
+}
 
 
 def audit(
@@ -41,7 +57,12 @@ def audit(
     findings = [finding for finding in findings if finding.where and finding.kind not in config.ignore]
     forms = ", ".join(sorted({trace.form for trace in traces}))
     title = f"{len(rollouts.trained)} rollouts of the form {forms}"
-    return Report(title, findings, dict(rollouts.figures))
+    return Report(title, findings, dict(rollouts.figures), lacking=lacking(rollouts.trained))
+
+
+def lacking(traces: Sequence[Trace]) -> dict[str, list[str]]:
+    """What none of the rollouts has, and the kinds of findings that need it."""
+    return {what: kinds for what, (has, kinds) in NEEDED.items() if traces and not any(map(has, traces))}
 
 
 def _decoder(path: Path) -> Callable[[list[int]], str]:

@@ -416,6 +416,20 @@ def test_alarms_that_sounded_and_what_an_audit_finds_are_among_the_findings(tmp_
     assert len(findings[0].where) == 64
 
 
+def test_rollouts_of_another_trainer_are_audited_and_what_they_lack_is_said(tmp_path, capsys):
+    rows = [{"input": f"{i}?", "output": f"{i}", "score": float(i % 2), "step": 1} for i in range(8)]
+    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in (tmp_path, tmp_path / "1.jsonl"):
+        assert main(["diagnose", str(path), "--json", str(tmp_path / "out/found.json")]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("8 rollouts of the form verl")
+        assert "not recorded: log-probabilities; not looked for: bad-logprobs, two-temperatures" in said
+        assert "not recorded: options, metrics and events of a run; not looked for: failed, " in said
+    lacking = json.loads((tmp_path / "out/found.json").read_text())["lacking"]
+    assert "steps" not in lacking
+    assert {kind for kinds in lacking.values() for kind in kinds} <= KINDS.keys()
+
+
 def test_a_long_run_is_audited_in_a_part_of_its_steps(tmp_path, monkeypatch):
     monkeypatch.setattr("review.readers.record.AUDITED", 16)
     record = Record(write(tmp_path, steps=((MIXED,) * 2,) * 4))
