@@ -20,7 +20,7 @@ from rewards.episode import answer_of
 from rewards.records import recorded_steps, split_groups
 
 STEPS = 16  # whose rollouts are read: the first, the last, and some between
-AUDITED = 4096  # rollouts, so that an answer takes a second
+AUDITED = 2048  # rollouts, so that an answer takes a second
 FEW = 8  # groups; of fewer nothing is said
 SHAPING = (  # built-in rewards that do not say whether an answer is right
     *("length_penalty", "repetition_penalty", "soft_overlong_punishment"),
