@@ -18,6 +18,7 @@ import copies
 import pretend
 import pytest
 import torch
+import waits
 from recorded import groups_of
 from small_learner import small_learner
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,16 +167,7 @@ def test_contract_19_the_host_reads_no_number_of_each_row_or_token(micro_policy,
     assert counts_of[0].total() <= 5, counts_of
 
 
-QUICK = (
-    "dense",
-    "MLA and an MTP head that learns from some groups",
-    "experts",
-    "windows of layers with other heads than the rest",
-    "recurrent",
-)  # the other paths are in test_pretend.py
-
-
-@pytest.mark.parametrize("path", QUICK)
+@pytest.mark.parametrize("path", waits.QUICK)  # the other paths are in test_pretend.py
 def test_contract_19_every_kind_of_layers_waits_seldom_and_computes_what_a_cpu_does(path):
     """In a copy of this process, since a device that is registered stays."""
     command = [sys.executable, str(ROOT / "tests/cases/waits.py"), path]

@@ -121,8 +121,10 @@ def test_micro_batch(random_policy, monkeypatch):
 
 
 @on_pretend
-@pytest.mark.parametrize("cuda", [True, False])
-@pytest.mark.parametrize("path", waits.PATHS)
+@pytest.mark.parametrize(  # without CUDA's attention the quick paths are in test_device_code.py
+    ("path", "cuda"),
+    [(path, True) for path in waits.PATHS] + [(path, False) for path in waits.PATHS if path not in waits.QUICK],
+)
 def test_contract_19_every_kind_of_layers_waits_seldom_and_computes_what_a_cpu_does(path, cuda, monkeypatch):
     if cuda:
         monkeypatch.setattr(devices, "has_cuda", lambda device: device.type == pretend.NAME)

@@ -69,6 +69,13 @@ PATHS = {
     "convolutions": Path("lfm2"),
     "an indexer": Path("glm_moe_dsa/below"),
 }
+QUICK = (
+    "dense",
+    "MLA and an MTP head that learns from some groups",
+    "experts",
+    "windows of layers with other heads than the rest",
+    "recurrent",
+)  # of these the counts without CUDA's attention are known in seconds
 MOST = {"a round": 1, "a round with drafts": 1, "a step": 2}
 # transformers looks at positions in each forward of its own.
 ALONE = {"a round": 2, "a round with drafts": 2, "a micro-batch": 5, "a step": 5}

@@ -1,6 +1,5 @@
 """examples/03_grpo_from_scratch.py: its loss and gradient are those of the learner, and its reward rises."""
 
-import ast
 import copy
 import importlib.util
 import os
@@ -175,28 +174,3 @@ def test_the_script_learns_to_sort(tmp_path):
     assert [int(step) for step, _ in found] == [5, 10, 15, 20]
     rewards = [float(reward) for _, reward in found]
     assert rewards[-1] > rewards[0] + 0.05
-
-
-def spans_of(text):
-    """The first and last line of each function of the file, and of what is run, which is called `__main__`."""
-    spans = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            spans[node.name] = (first, node.end_lineno)
-        if isinstance(node, ast.If):
-            spans["__main__"] = (node.lineno, node.end_lineno)
-    return spans
-
-
-def test_the_page_has_every_function_by_its_lines_and_the_file_is_short():
-    page = PAGE.read_text(encoding="utf-8")
-    text = FILE.read_text(encoding="utf-8")
-    headings = re.findall(r"^## Lines (\d+) to (\d+): `(\w+)`$", page, re.MULTILINE)
-    assert {name: (int(first), int(last)) for first, last, name in headings} == spans_of(text)
-    assert f"in {len(text.splitlines())} lines" in page
-    assert len(text.splitlines()) <= 150
-    nodes = list(ast.walk(ast.parse(text)))
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert imported == {"torch", "transformers", "policies.presets", "rewards.data.letter_sorting"}

@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from functools import partial
@@ -63,16 +62,3 @@ def test_drafts_change_no_completion_whoever_makes_them(micro, tmp_path):
     said = [line for line in lines("drafts", tmp_path) if "draft head, drafts:" in line]
     assert len(said) == 8
     assert all("completions that differ: 0," in line for line in said)
-
-
-def test_pictures_are_drawn_from_what_scripts_return(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(LESSONS))
-    returned = {
-        "group": ({0: (0.0, 0.0, 4), 3: (0.1, 0.01, 4)}, [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]),
-        "off_policy": ({name: [(0.5, 0.0), (0.6, 0.1)] for name in ("uncorrected", "weighted", "clipped")},),
-        "drafts": ({name: [(1.0, [0.5] * depth) for depth in range(4)] for name in ("taught", "spoiled")},),
-    }
-    for name, values in returned.items():
-        runpy.run_path(str(LESSONS / f"{name}.py"))["draw"](*values, tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000

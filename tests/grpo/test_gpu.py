@@ -140,13 +140,13 @@ def test_what_was_learned_is_sampled_from_once_it_is_published(random_policy):
 
 
 def test_bf16_weights_move_with_their_masters(random_policy):
-    """A step of 1e-5 is lost in bfloat16 alone. The masters keep it, and twenty of them are seen."""
+    """A step of 4e-5 is lost in bfloat16 alone. The masters keep it, and five of them are seen."""
     policy = random_policy(2).cast(torch.bfloat16).to(DEVICE)
-    learner = _learner(policy, learning_rate=1e-5, tokens_per_micro_batch=1024)
+    learner = _learner(policy, learning_rate=4e-5, tokens_per_micro_batch=1024)
     batch = _batch(learner, Engine(policy, torch.bfloat16).sample(PROMPTS, PARAMS))
     name, weight = next((n, p) for n, p in policy.named_parameters() if n.endswith("kv_b_proj.weight"))
     first = weight.detach().clone()
-    for step in range(1, 21):
+    for step in range(1, 6):
         learner.step(batch, step)
     master = learner.masters.of(dict(policy.named_parameters())[name])
     assert master.dtype == torch.float32

@@ -108,15 +108,6 @@ def test_without_a_budget_every_group_stays():
     assert sample.calls == [(["a", "b"], 0)]
 
 
-def test_tied_groups_are_drawn_again_and_only_these():
-    sample = Sampler({("b", 0), ("c", 1), ("a", 2)})
-    drawn = draw_groups([_prompt(name) for name in "abc"], 5, sample, _same)
-    assert sample.calls == [(["a", "b", "c"], 0), (["a", "c"], 1), (["a"], 2)]
-    assert (_names(drawn), drawn.draws) == (["a", "b", "c"], [2, 0, 1])
-    assert [group.prompt.prompt_id for group, _ in drawn.replaced] == ["a", "c", "a"]
-    assert drawn.counts() == {"group/zero_variance": 0.0, "group/resampled": 2.0, "group/drawn": 6.0}
-
-
 def test_new_prompts_take_the_places_until_the_budget_is_spent():
     sample = Sampler({("b", 0), ("new1.1", 1), ("new3.0", 3)})
     drawn = draw_groups([_prompt(name) for name in "abc"], 2, sample, _new)
@@ -174,9 +165,3 @@ def test_contract_4_a_refill_sees_new_noise_and_replaces_tied_groups_alone(micro
             assert group[0]["prompt_id"] not in {other[0]["prompt_id"] for other in before}
     tokens = [[line["token_ids"] for line in group] for group in before + [g for g in after if g[0]["draw"]]]
     assert len({repr(group) for group in tokens}) == len(tokens), "noise was seen twice"
-
-
-def test_a_budget_of_zero_changes_nothing_and_logs_nothing(plain):
-    [line] = read_metrics(plain)
-    assert not {"group/resampled", "group/drawn"} & line.keys()
-    assert {line["draw"] for line in read_rollouts(plain, 1)} == {0}
