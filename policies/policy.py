@@ -19,6 +19,7 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -38,7 +39,7 @@ from policies.routing.heads import with_dynamic_heads
 from policies.scoring import has_indexer
 from policies.synced_weights import SyncedWeights
 
-__all__ = ["Policy", "PolicyError", "checkpoint_layers", "checksum", "read_config", "read_tokenizer"]
+__all__ = ["Policy", "PolicyError", "checkpoint_layers", "checksum", "context_of", "read_config", "read_tokenizer"]
 
 
 BOUNDLESS = 1 << 20  # tokens
@@ -122,14 +123,8 @@ class Policy(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """The context in tokens, within which no position changes its rotation and an indexer leaves out no token;
-        BOUNDLESS where the configuration names no limit, as of recurrent models."""
-        config = self.config.get_text_config()
-        limits = [getattr(config, name, None) for name in LIMITS]
-        for rotation in rotations(config):
-            if rotation.get("rope_type") in ("dynamic", "longrope"):
-                limits.append(rotation.get("original_max_position_embeddings"))
-        return min((limit for limit in limits if limit and limit > 0), default=BOUNDLESS)
+        """The context in tokens, see `context_of`."""
+        return context_of(self.config)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -362,6 +357,17 @@ class Policy(nn.Module):
         policy.processor = stored.processor
         sharding.wrap(policy.trunk, policy.mtp)
         return policy
+
+
+def context_of(config: PretrainedConfig) -> int:
+    """The context in tokens, within which no position changes its rotation and an indexer leaves out no token;
+    BOUNDLESS if the configuration names no limit, as of recurrent models, or a limit of -1, as of XLNet."""
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in LIMITS]
+    for rotation in rotations(text):
+        if rotation.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(rotation.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit and limit > 0), default=BOUNDLESS)
 
 
 def checkpoint_layers(trunk: PreTrainedModel) -> list[GradientCheckpointingLayer]:

@@ -18,13 +18,15 @@ import pretend
 import pytest
 import torch
 import zoo
-from small_learner import last_work, small_learner
+from small_learner import last_work, small_learner, supervised_learner
 
 from grpo.config.balance import BalanceOptions
-from grpo.config.learner import LearnerOptions, MTPOptions
+from grpo.config.learner import LearnerOptions, MTPOptions, SftMTPOptions
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import TrainingBatch
 from grpo.learner.learner import Learner
+from grpo.learner.prepare import supervised
+from grpo.learner.row import PackedRow, Sample
 from grpo.learner.terms.draft_head import IDLE_EVERY
 from policies.paths import Paths
 from policies.policy import Policy
@@ -78,7 +80,7 @@ QUICK = (
 )  # of these the counts without CUDA's attention are known in seconds
 MOST = {"a round": 1, "a round with drafts": 1, "a step": 2}
 # transformers looks at positions in each forward of its own.
-ALONE = {"a round": 2, "a round with drafts": 2, "a micro-batch": 5, "a step": 5}
+ALONE = {"a round": 2, "a round with drafts": 2, "a micro-batch": 5, "a step": 5, "an SFT micro-batch": 5}
 Waits = dict[str, Counter[str]]  # of a round, a micro-batch and a step: how often, by reason and line
 
 
@@ -144,6 +146,19 @@ def waits_of_learner(learner: Learner, batch: TrainingBatch) -> Waits:
     return {"a micro-batch": micro_batch.waits, "a step": step.waits}
 
 
+def waits_of_sft(policy: Policy, path: Path) -> Counter[str]:
+    """The waits of a micro-batch of solutions, after a first step."""
+    options = LearnerOptions(tokens_per_micro_batch=1024)
+    balance = path.learner.get("balance")
+    learner = supervised_learner(policy, options, SftMTPOptions(depth=2), balance=balance)
+    rows = [PackedRow(prompt.token_ids, [Sample(0, [5, 9, 11, 6])]) for prompt in PROMPTS]
+    learner.step(supervised(rows), 1)
+    batch = supervised(rows, 2)
+    with pretend.counted() as counts:
+        learner.forward_backward(batch)
+    return counts.waits
+
+
 def above(found: Waits, most: dict[str, int]) -> Waits:
     """What waits more often than it may."""
     return {name: counts for name, counts in found.items() if counts.total() > most[name]}
@@ -156,9 +171,11 @@ def faults(name: str, paths: Paths | None = None, most: dict[str, int] = MOST) -
     there = trained(policy, path)  # also does what is done once
     waits = {"a round": waits_of_round(policy), "a round with drafts": waits_of_round(policy, 2)}
     waits |= waits_of_learner(there.learner, there.batch)
+    waits["an SFT micro-batch"] = waits_of_sft(policy, path)
     print(name, {part: counts.total() for part, counts in waits.items()}, file=sys.stderr)
     here = trained(policy_of(path.kind, paths), path)
-    return above(waits, {"a micro-batch": path.micro_batch} | most) | differences(here, there)
+    limits = dict.fromkeys(("a micro-batch", "an SFT micro-batch"), path.micro_batch) | most
+    return above(waits, limits) | differences(here, there)
 
 
 def differences(here: Trained, there: Trained) -> dict[str, str]:

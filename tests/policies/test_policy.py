@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, XLNetConfig
 
-from policies.policy import Policy, PolicyError, checksum
+from policies.policy import BOUNDLESS, Policy, PolicyError, checksum, context_of
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 30]])
 LAYER = "model.layers.2."  # the head's place after a trunk of two layers
@@ -290,6 +290,12 @@ def test_the_context_ends_where_layers_of_any_kind_change_their_rotation(hf_poli
     for rope, length in ((plain, 256), (long, 16)):
         each = {"sliding_attention": plain, "full_attention": rope}
         assert hf_policy("gemma3_text", rope_parameters=each, **kinds).max_length == length
+
+
+def test_no_limit_is_a_limit_of_the_context():
+    """XLNet's is -1: `quartet quantize` took windows of -1 tokens."""
+    assert context_of(XLNetConfig()) == BOUNDLESS
+    assert context_of(LlamaConfig(max_position_embeddings=128)) == 128
 
 
 def test_a_checkpoint_with_code_is_read_by_transformers_own_class_and_says_so_once(saved, caplog):

@@ -29,7 +29,7 @@ from policies.conversion.parity import Fidelity, fidelity
 from policies.files.atomic import heed_umask
 from policies.files.packed import is_packed
 from policies.layout import find_file
-from policies.policy import Policy, PolicyError, read_config, read_tokenizer
+from policies.policy import Policy, PolicyError, context_of, read_config, read_tokenizer
 from rewards.config.json_file import write_json
 from rewards.data.examples import Example
 from rewards.data.leakage import in_held_out, problem_fingerprint
@@ -124,7 +124,7 @@ class Quantizer:
             read_tokenizer(base),
             tokens=config.calibrate_tokens,
             held_out_tokens=config.held_out_tokens,
-            window=min(WINDOW, getattr(shape.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW),
+            window=min(WINDOW, context_of(shape)),
             left_out=held_out,
         )
 

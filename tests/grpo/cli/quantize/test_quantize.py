@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zoo
+from rich.console import Console
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -17,12 +18,14 @@ from transformers import (
     DeepseekV3Config,
     LlamaConfig,
     LlamaForCausalLM,
+    XLNetConfig,
 )
 
 from grpo.cli.parse import main
 from grpo.cli.quantize import compressor
 from grpo.cli.quantize import quantize as quantize_command
-from grpo.cli.quantize.quantize import REPORT
+from grpo.cli.quantize.options import QuantizeConfig
+from grpo.cli.quantize.quantize import REPORT, Quantizer
 from grpo.data.calibration_text import calibration_text
 from policies import presets
 from policies.contradictions import contradictions
@@ -152,6 +155,13 @@ def test_the_report_is_of_other_text_than_the_calibration(source):
     tokenizer = AutoTokenizer.from_pretrained(source)
     text = calibration_text("word_problems", tokenizer, tokens=256, held_out_tokens=128, window=32)
     assert not {tuple(w.tolist()) for w in text.windows} & {tuple(w.tolist()) for w in text.held_out}
+
+
+def test_a_model_without_a_limit_of_its_context_is_measured_on_whole_windows(monkeypatch, source):
+    monkeypatch.setattr(quantize_command, "read_config", lambda base: XLNetConfig())
+    config = QuantizeConfig(model=source, calibrate="word_problems", calibrate_tokens=256, held_out_tokens=128)
+    text = Quantizer(config, Console())._text()
+    assert {len(window) for window in [*text.windows, *text.held_out]} == {32}
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch, capfd, source, tmp_path):
