@@ -2,6 +2,9 @@
 
 Python tells an audit hook of every file that it opens. The processes of a run append what they see to one list, which
 they find by an environment variable. What a library in C or another program opens is not seen, nor are databases.
+
+A file that is newer than the list is read at once, for its checksum: it may change again before the run looks at the
+list. An older one is left to the run.
 """
 
 from __future__ import annotations
@@ -28,15 +31,18 @@ _thread = threading.local()
 _process = ""  # whose code runs in this process: a worker's, also in threads that the code starts
 _list = ""  # the path of the list; the user's code may have changed the environment variable
 _is_hooked = False
-_seen: set[tuple[str, str, str, bool]] = set()  # the list, the function, the path, and whether it was written
+_since = 0  # when the list was made, in nanoseconds of the file system's clock
+_seen: set[tuple[str, str, str, bool, int]] = set()  # list, function, path, whether it was written, and its time if new
 
 
 class Opened(NamedTuple):
-    """A file that a function has opened: its absolute path, and whether it may have written into it."""
+    """A file that a function has opened: its absolute path, whether it may have written into it, and its checksum when
+    it was opened if it is newer than the list."""
 
     function: str
     path: str
     written: bool
+    checksum: str | None = None
 
 
 class OpenedFiles:
@@ -86,8 +92,10 @@ def opened_by(function: str) -> Iterator[None]:
 
 def begin_process() -> None:
     """From now on this process adds to the list that its environment names; where it names none, to none."""
-    global _is_hooked, _list
+    global _is_hooked, _list, _since
     _list = os.environ.get(VARIABLE, "")
+    with suppress(OSError):  # the folder of the list has the time at which it was made: nothing else is put into it
+        _since = os.stat(os.path.dirname(_list)).st_mtime_ns if _list else 0
     if _list and not _is_hooked:
         sys.addaudithook(_see)  # Python has no way to take it away
         _is_hooked = True
@@ -121,7 +129,7 @@ def _see(event: str, arguments: tuple[Any, ...]) -> None:
     if event not in ("open", "import"):
         return
     function = getattr(_thread, "function", "") or _process
-    if not (function and _list):
+    if not (function and _list) or getattr(_thread, "reads", False):
         return
     with suppress(Exception):  # the user's code opens its file all the same
         path, written = (arguments[0], arguments[2] & WRITES) if event == "open" else (arguments[1], 0)
@@ -135,13 +143,38 @@ def _source(path: str) -> str:
 
 
 def _note(function: str, path: str, written: bool) -> None:
-    key = _list, function, path, written
     is_data = not path.endswith(".py")
-    if key in _seen or path == _list or is_installed(path) or (is_data and path.startswith(_HIDDEN)):
+    if path == _list or is_installed(path) or (is_data and path.startswith(_HIDDEN)):
+        return
+    if (_list, function, path, True, 0) in _seen:  # what a function writes into is its own
+        return
+    changed_at = 0 if written else _time_if_new(path)
+    key = _list, function, path, written, changed_at
+    if key in _seen:
         return
     _seen.add(key)
+    line = Opened(function, path, written, _checksum(path) if changed_at else None)
     descriptor = os.open(_list, os.O_WRONLY | os.O_APPEND)
     try:
-        os.write(descriptor, json.dumps(key[1:]).encode() + b"\n")
+        os.write(descriptor, json.dumps(line).encode() + b"\n")
     finally:
         os.close(descriptor)
+
+
+def _time_if_new(path: str) -> int:
+    """The time of a file that has changed since the list was made; 0 for an older or missing one."""
+    try:
+        changed_at = os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+    return changed_at if changed_at > _since else 0
+
+
+def _checksum(path: str) -> str | None:
+    _thread.reads = True  # what opens the file here is not the user's code
+    try:
+        from rewards.imported import file_digest  # it imports this module
+
+        return file_digest(Path(path))
+    finally:
+        _thread.reads = False

@@ -84,22 +84,27 @@ class Sources:
             self._write(output_dir)
 
     def _look(self) -> None:
-        for function, path, written in self._opened.new():
+        for function, path, written, checksum in self._opened.new():
             if written:
                 self._written.add(path)
             elif function in self._files and (function, path) not in self._own:
-                self._add(self._files[function], Path(path))
+                self._add(self._files[function], Path(path), checksum)
         for files in self._files.values():
             for path in self._written & files.keys():
                 del files[path]
 
-    def _add(self, files: dict[str, str | None], path: Path) -> None:
-        """Adds a file that was there before the run began: what is newer was made by the run, or by what it started."""
-        if str(path) in files or any(path.is_relative_to(folder) for folder in self._apart):
+    def _add(self, files: dict[str, str | None], path: Path, checksum: str | None) -> None:
+        """Add a file as it was read. One that was newer than the run brings its `checksum`, and the last one counts. It
+        is left out if it is gone: then a program that the function started had made it for a while. One that has
+        changed since it was read has None, which is never as it was."""
+        if any(path.is_relative_to(folder) for folder in self._apart):
             return
         with suppress(OSError):  # it may be gone already, or be secret
-            if path.is_file() and path.stat().st_mtime_ns <= self._opened.since:
-                files[str(path)] = file_digest(path)
+            if checksum is not None and path.is_file():
+                files[str(path)] = checksum
+            elif str(path) not in files and path.is_file():
+                is_as_read = path.stat().st_mtime_ns <= self._opened.since
+                files[str(path)] = file_digest(path) if is_as_read else None
 
     def _now(self, function: str, path: str) -> str | None:
         with suppress(OSError):

@@ -7,11 +7,13 @@ import sys
 import pytest
 
 from grpo.cli.parse import main
+from grpo.run.sources import Source, Sources, read_sources
 from grpo.run.stop import Stopped
 from grpo.train import train
 from review.readers.run_folder import read_events
 from rewards.config.options import dump_yaml
 from rewards.group_score import RewardFailed
+from rewards.opened import listing, opened_by
 
 QUICK = {"sft.steps": 0, "eval.limit": 0, "rollout.max_completion_tokens": 4}
 QUICK |= {"prompts_per_step": 2, "rollout.group_size": 4}
@@ -264,6 +266,35 @@ def test_contract_23_the_same_content_goes_on(run):
     train(run, resume="auto")
     write(folder, {"helper.py": HELPER.replace("1.0", "2.0")})
     refused(run, "", "helper.py")
+
+
+def test_contract_23_a_file_that_is_newer_than_the_run_counts_as_it_was_read(tmp_path):
+    """It was left out, as if the run had made it. What is gone once the step is over was made by the run."""
+    first, second, gone, kept = (tmp_path / name for name in ("first.txt", "second.txt", "gone.txt", "kept.txt"))
+    kept.write_text("old")
+    function = "mine.py:f"
+    with listing() as opened:
+        later = opened.since + 10**9
+        sources = Sources([Source(function)], opened)
+        sources.record(tmp_path)
+        for path in (first, second, gone):
+            path.write_text("as it was read")
+            os.utime(path, ns=(later, later))
+        os.utime(kept, ns=(1, 1))
+        with opened_by(function):
+            for path in (first, second, gone, kept):
+                path.read_text()
+        gone.unlink()
+        for path in (second, kept):  # before the run looks
+            path.write_text("changed")
+            os.utime(path, ns=(later + 1, later + 1))
+        sources.keep_up(tmp_path)
+        assert read_sources(tmp_path)[function].keys() == {str(path) for path in (first, second, kept)}
+        assert sources.changed(tmp_path) == {function: [str(second), str(kept)]}
+        with opened_by(function):
+            second.read_text()
+        sources.keep_up(tmp_path)
+        assert sources.changed(tmp_path) == {function: [str(kept)]}
 
 
 FAILS = "from helper import one\ndef f(completions, **_):\n    return [one(c) for c in completions]\n"
