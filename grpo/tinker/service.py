@@ -557,6 +557,8 @@ class Service:
         part, name = "sampler_weights", request.get("path")
         if name is not None:
             return {"path": self._save(model, job, part, name, request)}
+        if job.again:  # the weights, or what has become of them, and their sampler are in files
+            return {}
         path = self._save(model, job, part, f"@{job.number:08d}", request)
         id_ = self.add_sampler(session_of(model.id), request.get("sampling_session_seq_id") or 0, path)
         for folder in sorted((model.folder / part).glob("@*"))[:-UNNAMED]:

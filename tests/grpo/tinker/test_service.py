@@ -187,6 +187,25 @@ def test_a_service_that_was_killed_goes_on_to_the_same_bits(base, tmp_path, monk
     second.close()
 
 
+def test_weights_that_a_later_save_has_removed_end_no_model_that_is_computed_again(base, tmp_path, monkeypatch):
+    """A loop that samples at each step saves more of them than are kept, within the time between two states."""
+    monkeypatch.setattr(of_service, "UNNAMED", 2)
+    first = Service(base, "llama", tmp_path / "state", torch.float32)
+    client = Client(first)
+    for _ in range(4):
+        [answer(job) if job.kind == "optim_step" else result(job) for job in client.learn()]
+        sampler = client.sampler()
+    want = samples(sample(first, sampler))[:2]
+    first.close()
+    client.service = Service(base, "llama", tmp_path / "state", torch.float32)
+    try:
+        assert answer(client.learn()[1])["type"] == "optim_step"
+        assert samples(sample(client.service, sampler, 1, sampling_params={"seed": 3}))[0]
+        assert samples(client.service.job(f"{sampler}:0"))[:2] == want
+    finally:
+        client.service.close()
+
+
 def test_a_service_that_ended_while_samples_waited_goes_on_with_them(base, tmp_path):
     first = Service(base, "llama", tmp_path / "state", torch.float32)
     sampler = first.add_sampler(first.create_session({}), 0, None)
