@@ -74,6 +74,7 @@ class Job:
     number: int
     kind: str
     size: int = 0  # bytes of its body, while it waits
+    checksum: int | None = None  # of its body; None for one of a service before
     again: bool = False  # it was done before the service was killed, and its result is known
     result: tuple[str, bytes] | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -86,6 +87,21 @@ class Job:
     def path(self) -> Path:
         """What is asked, while it waits."""
         return self.owner.files.requests / f"{self.number:08d}.{self.kind}"
+
+    def refuse_another(self, kind: str, body: bytes) -> None:
+        """Raises Refused if this is another request under the number of this one: two clients number theirs as one.
+
+        A request that was refused has no content to compare. The SDK may write a message of protobuf in several ways.
+        """
+        if "refused" in (self.kind, kind) or not self.kind:
+            return
+        is_json = kind != "forward_backward"
+        same = self.kind == kind and (not is_json or self.checksum in (None, zlib.crc32(body)))
+        if not same:
+            raise Refused(
+                f"request {self.number} of {self.owner.id} was another {self.kind}; number each request once, and use "
+                "a session for each client"
+            )
 
     def read(self) -> tuple[str, bytes]:
         """The result, once it is there: a protobuf message, or JSON. Raises Unknown where it is no longer kept."""
@@ -298,6 +314,7 @@ class Service:
         number = check_number("seq_id", number)
         with self._mutex:
             if (known := self.jobs.get(f"{model_id}:{number}")) is not None:
+                known.refuse_another(kind, body)
                 return known
             model = self.models.get(model_id) if number == 0 else self.model(model_id)
             if model is not None and number < model.next:
@@ -307,16 +324,17 @@ class Service:
                 self._admit(model_id, len(body))
             if model is None:
                 model = self.models[model_id] = Model(self.folder / "models" / model_id.replace(":", "."), model_id)
-            return self._enter(Job(model, number, kind, len(body)), body)
+            return self._enter(Job(model, number, kind, len(body), zlib.crc32(body)), body)
 
     def ask_sampler(self, id_: str, number: int | None, body: bytes) -> Job:
         sampling = self.sampling_session(id_)
         number = check_number("seq_id", number)
         with self._mutex:
             if (known := self.jobs.get(f"{id_}:{number}")) is not None:
+                known.refuse_another("sample", body)
                 return known
             self._admit(id_, len(body))
-            return self._enter(Job(sampling, number, "sample", len(body)), body)
+            return self._enter(Job(sampling, number, "sample", len(body), zlib.crc32(body)), body)
 
     def job(self, request_id: str) -> Job:
         return _found(self.jobs, request_id)

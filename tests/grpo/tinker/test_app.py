@@ -186,7 +186,7 @@ def test_a_key_is_the_owner_of_what_was_made_with_it(base, tmp_path):
         asked = {"sampling_session_id": sampler, "seq_id": 9, "prompt": prompt, "sampling_params": {"max_tokens": 1}}
         sampling = {"session_id": mine, "sampling_session_seq_id": 0, "model_path": path}
         adam = {"learning_rate": 1e-3}
-        message = messages.ForwardBackwardRequest(model_id=model, seq_id=9, loss_fn="cross_entropy")
+        message = messages.ForwardBackwardRequest(model_id=model, seq_id=12, loss_fn="cross_entropy")
         protobuf = {"Content-Type": "application/x-protobuf"}
         attempts = [
             ("POST", "session_heartbeat", {"session_id": session, "type": "session_heartbeat"}, {}),
@@ -194,8 +194,8 @@ def test_a_key_is_the_owner_of_what_was_made_with_it(base, tmp_path):
             ("POST", "create_model", {"session_id": session, "model_seq_id": 5, "base_model": "llama"}, {}),
             ("POST", "get_info", {"model_id": model}, {}),
             ("POST", "optim_step", {"model_id": model, "seq_id": 9, "adam_params": adam}, {}),
-            ("POST", "save_weights", {"model_id": model, "seq_id": 9, "path": "there"}, {}),
-            ("POST", "save_weights_for_sampler", {"model_id": model, "seq_id": 9, "path": "there"}, {}),
+            ("POST", "save_weights", {"model_id": model, "seq_id": 10, "path": "there"}, {}),
+            ("POST", "save_weights_for_sampler", {"model_id": model, "seq_id": 11, "path": "there"}, {}),
             ("POST", "load_weights", {"model_id": model, "seq_id": 9, "path": "none", "optimizer": False}, {}),
             ("POST", "load_weights", {"session_id": mine, "model_seq_id": 0, "path": path, "optimizer": False}, {}),
             ("POST", "forward_backward", message.SerializeToString(), protobuf),

@@ -120,6 +120,23 @@ def test_a_request_that_is_sent_again_is_the_same_one(service):
     assert sample(service, known.owner.id) is known
 
 
+def test_another_request_under_a_number_that_is_taken_is_refused(service):
+    """Two clients of one session: the second one got the first one's result, and its own request was lost."""
+    client = Client(service)
+    [result(job) for job in client.learn()]
+    step = json.dumps({"adam_params": adam(1e-2)}).encode()
+    assert service.ask(client.model, 2, "optim_step", step).number == 2
+    others = [("optim_step", json.dumps({"adam_params": adam(5.0)}).encode()), ("save_weights", b"{}")]
+    for kind, body in [*others, ("forward_backward", supervised(client.model, 2, TOKENS))]:
+        with pytest.raises(Refused, match=r"request 2 of .* was another optim_step; number each request once"):
+            service.ask(client.model, 2, kind, body)
+    sampler = service.add_sampler(client.session, 0, None)
+    first = sample(service, sampler, 0)
+    assert sample(service, sampler, 0) is first
+    with pytest.raises(Refused, match="request 0 of .* was another sample"):
+        sample(service, sampler, 0, num_samples=3)
+
+
 def test_a_sampler_has_the_weights_of_its_time_and_the_base_has_none(service):
     client = Client(service)
     base = service.add_sampler(client.session, 99, None)
