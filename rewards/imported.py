@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from rewards.opened import is_installed
-
-BLOCK = 1 << 20  # bytes that are read at a time
 
 
 def imported_files(path: Path, source: str | bytes) -> list[Path]:
@@ -37,27 +34,6 @@ def imported_files(path: Path, source: str | bytes) -> list[Path]:
 def package_files(module: str) -> list[Path]:
     """The `__init__.py` of every package that a module is in, and its own file."""
     return [file for file in _files(module, None) if not is_installed(str(file))]
-
-
-def file_digest(path: Path) -> str | None:
-    """SHA-256 of a file; of Python code without its comments and layout. None where there is no such file."""
-    if not path.is_file():
-        return None
-    if path.suffix == ".py":
-        return code_digest(path.read_bytes())
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def code_digest(content: bytes) -> str:
-    try:
-        text = ast.unparse(ast.parse(content))
-    except (SyntaxError, ValueError, RecursionError):
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _imports(file: Path, text: str | bytes, folder: Path) -> Iterator[Path]:

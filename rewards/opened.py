@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rewards.digests import file_digest
+
 VARIABLE = "QUARTET_OPENED"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 OF_THE_SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/run", "/usr/share")
@@ -173,8 +175,6 @@ def _time_if_new(path: str) -> int:
 def _checksum(path: str) -> str | None:
     _thread.reads = True  # what opens the file here is not the user's code
     try:
-        from rewards.imported import file_digest  # it imports this module
-
         return file_digest(Path(path))
     finally:
         _thread.reads = False

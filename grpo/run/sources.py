@@ -15,7 +15,7 @@ from pathlib import Path
 
 from policies.files.atomic import write_file
 from rewards.config.json_file import expecting, read_json
-from rewards.imported import file_digest
+from rewards.digests import file_digest
 from rewards.opened import OpenedFiles
 
 FILE = "sources.json"

@@ -17,7 +17,8 @@ from grpo.run.sources import Source, Sources
 from grpo.task.sampling import agent_of, environment_of
 from rewards import registry
 from rewards.config.reward import RewardOptions
-from rewards.imported import code_digest, imported_files, package_files
+from rewards.digests import code_digest
+from rewards.imported import imported_files, package_files
 from rewards.opened import OpenedFiles
 from rewards.protocol import RewardError
 from rewards.reached_code import reached_source
