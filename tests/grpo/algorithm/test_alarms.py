@@ -131,6 +131,12 @@ def test_a_hacked_reward_is_named_once_with_examples(kind, seed):
     assert f"alarm/{kind}/mine" in watch.values
 
 
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_reward_raises_no_alarm(name):
+    for seed, skill in enumerate((0.1, 0.5, 0.95)):
+        assert given(HONEST[name], seed=seed, skill=skill)[1] == []
+
+
 def noise(seen, rng):
     return "".join(rng.choices("0123456789 #=+-abc", k=rng.randint(1, 40)))
 
@@ -197,6 +203,17 @@ def test_a_run_that_has_learned_nothing_raises_no_alarm(name):
             assert all(map(math.isfinite, watch.values.values()))
 
 
+def test_the_score_of_a_length_penalty_and_no_right_answer_raises_no_alarm():
+    """Length is all that its score differs by, and it is paid for on purpose."""
+    watch = Alarms(["gsm8k", "score"])
+    for groups in rollouts(lambda seen, rng: 0.0, skill=0.0, steps=2 * WINDOW):
+        scored = [
+            [replace(s, marks={"gsm8k": s.correct, "score": s.correct - s.length / 99}) for s in g] for g in groups
+        ]
+        assert watch.observe(scored) == []
+        assert watch.values["alarm/length/score"] == pytest.approx(-1.0)
+
+
 def test_one_group_with_large_differences_is_no_correlation():
     """Rewards differ by a hundredth in ten groups, by 1 in another one, where the long completion got it."""
     small = [Moments.of([(rank, 0.01 * (rank % 2)) for rank in range(8)]) for _ in range(10)]
@@ -205,6 +222,36 @@ def test_one_group_with_large_differences_is_no_correlation():
     assert total.r > LIMITS["length"]
     assert total.groups == 11
     assert total.z < LEAST_Z
+
+
+def test_an_honest_yes_or_no_is_not_the_same_text_for_different_questions():
+    """Each of the two answers is right for many questions; a reward that pays "yes" for all of them is named."""
+
+    def kinds(pay):
+        watch, found, rng = Alarms(["mine"]), [], random.Random(0)
+        for step in range(2 * WINDOW):
+            groups = []
+            for p in range(16):
+                gold, group = rng.choice(["yes", "no"]), []
+                for _ in range(8):
+                    text = gold if rng.random() < 0.95 else "yes"
+                    marks = {"mine": pay(text, gold)}
+                    group.append(Watched.of(f"{step}-{p}", "Is it?", gold, text, [rng.randrange(500)], marks))
+                groups.append(group)
+            found += watch.observe(groups)
+        return [alarm.kind for alarm in found]
+
+    assert kinds(lambda text, gold: float(text == gold)) == []
+    assert kinds(lambda text, gold: float(text == "yes")) == ["identical"]
+
+
+def test_a_policy_that_nearly_always_has_the_form_shows_what_is_paid_in_five_groups():
+    """As the demo's policy does: one of 128 completions a step has another form, and a fifth are wrong."""
+    watch, found = Alarms(["mine"]), []
+    for groups in rollouts(lambda seen, rng: 1.0, skill=0.8, steps=WINDOW):
+        other = replace(groups[0][0], formed=False, correct=0.0, marks={"mine": 0.0})
+        found += watch.observe([[other, *groups[0][1:]], *groups[1:]])
+    assert [alarm.kind for alarm in found] == ["format"]
 
 
 def test_an_alarm_waits_for_a_whole_window_and_enough_groups():
@@ -308,6 +355,22 @@ def test_a_fall_of_two_standard_errors_since_an_earlier_evaluation_sounds():
         watch.evaluated(1.0, 4)
         watch._means = means
         assert [alarm.value for alarm in watch.evaluated(0.5, 4)] == values
+
+
+def test_a_reward_that_does_not_rise_raises_no_held_out_alarm():
+    """Evaluations after every step differ by chance, and each is compared with an earlier one."""
+    rng = random.Random(0)
+
+    def share(p, count):
+        return sum(rng.random() < p for _ in range(count)) / count
+
+    alarms = 0
+    for _ in range(50):
+        watch = Alarms(["mine"])
+        for _ in range(20):
+            watch._means.append(share(0.02, 128))
+            alarms += len(watch.evaluated(share(0.5, 64), 64))
+    assert alarms <= 50 * 0.02
 
 
 @pytest.mark.slow

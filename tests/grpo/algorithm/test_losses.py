@@ -189,6 +189,21 @@ def test_entropy_bonus_and_top_entropy_by_hand():
     assert loss.item() == pytest.approx(0.8 / 5 - 0.1 * 1.2 / 3, abs=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [11, 21, 31])
+def test_the_bonus_is_the_mean_over_the_tokens_that_count(tokens):
+    """ρ = .7 of 11: the threshold is the fourth smallest, and 8 count; but 1 - .7 is .30000000000000004, ten times that
+    more than 3. All of equal entropies count: of 2, 1, 2 and 2 the median is 2, and three are the top half."""
+    entropies = torch.arange(1.0, tokens + 1)[None].requires_grad_()
+    zeros, mask = torch.zeros(1, tokens), torch.ones(1, tokens, dtype=torch.bool)
+    given = {"entropy": entropies, "entropy_coef": 1.0, "top_entropy_quantile": 0.7}
+    policy_loss(zeros, zeros, torch.zeros(1), mask, **given)[0].backward()
+    top = 7 * (tokens - 1) // 10 + 1
+    assert entropies.grad[0].tolist() == pytest.approx([0.0] * (tokens - top) + [-1 / top] * top)
+    equal = torch.tensor([[2.0, 1.0, 2.0, 2.0]])
+    given = {"entropy": equal, "entropy_coef": 1.0, "top_entropy_quantile": 0.5}
+    assert policy_loss(zeros[:, :4], zeros[:, :4], torch.zeros(1), mask[:, :4], **given)[0].item() == -2.0
+
+
 def test_the_top_tokens_of_a_large_step():
     """torch's quantile takes 2^24 values at most. Here they are 0, 1, ... 2^21, each eight times: 17 million tokens."""
     entropies = torch.arange(2**21 + 1).repeat_interleave(8).float()
@@ -557,3 +572,12 @@ def test_a_kl_of_k_tokens_and_the_rest_by_hand():
     # rests are 1/8 and 1/4: 1/2 log(1/2 : 1/2) + 3/8 log(3/8 : 1/4) + 1/8 log(1/8 : 1/4)
     found = top_k_kl(torch.tensor([[0.5, 0.375]]).log(), torch.tensor([[0.5, 0.25]]).log())
     assert found.item() == pytest.approx(3 / 8 * math.log(3 / 2) - 1 / 8 * math.log(2))
+
+
+def test_a_token_without_probability_adds_nothing_and_one_that_the_teacher_lacks_much():
+    own = torch.tensor([[0.0, 0.25, 0.5]]).log().requires_grad_()
+    same = top_k_kl(own, torch.tensor([[0.0, 0.25, 0.5]]).log())
+    same.backward()
+    assert same.item() == pytest.approx(0, abs=1e-7)
+    assert own.grad.isfinite().all()
+    assert top_k_kl(own, torch.tensor([[0.5, 0.25, 0.0]]).log()).item() > 400

@@ -3,8 +3,12 @@
 import math
 from decimal import Decimal
 from itertools import combinations
+from math import comb
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from review.statistics.estimates import (
     Estimate,
@@ -37,6 +41,31 @@ def test_nothing_tried_is_nothing_known_and_where_nothing_succeeded_the_interval
     assert estimate([1.0] * 100).low == pytest.approx(0.954, abs=1e-3)
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_one_completion_a_problem_gives_the_plain_wilson_interval(outcomes):
+    found = estimate([float(outcome) for outcome in outcomes])
+    assert (found.low, found.high) == pytest.approx(wilson_interval(sum(outcomes), len(outcomes)), abs=1e-9)
+    assert found.value == sum(outcomes) / len(outcomes)
+
+
+def test_copies_of_a_completion_do_not_narrow_the_interval():
+    """Eight times the same completion of each problem tell no more than one."""
+    right = [True, False, False, True, False]
+    once = estimate([float(r) for r in right])
+    assert estimate([np.mean([r] * 8) for r in right]) == once
+    wide, narrow = once.high - once.low, np.subtract(*wilson_interval(16, 40)[::-1])
+    assert wide > 2 * narrow  # what counting completions as independent would have claimed
+
+
+@pytest.mark.parametrize(("problems", "samples"), [(3, 8), (5, 2), (5, 16), (10, 8)])
+def test_the_interval_of_few_problems_with_several_samples_holds_the_accuracy(problems, samples):
+    """Accuracies of the problems are uniform, so the true one is .5. Before, the spread of few problems was taken for
+    known: .78, .87, .87 and .92 in place of .95."""
+    random = np.random.default_rng(0)
+    found = [estimate(list(random.binomial(samples, random.random(problems)) / samples)) for _ in range(4000)]
+    assert np.mean([each.low <= 0.5 <= each.high for each in found]) >= 0.945
+
+
 def test_the_interval_of_few_problems_by_hand():
     """0, .5, 1, 0, and 0 and 1: p = 2.5 / 6, variance .2417, t of three degrees of freedom 3.182; the product is below
     4."""
@@ -63,6 +92,14 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
         for k in range(1, n + 1):
             subsets = list(combinations(completions, k))
             assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_by_the_product_form_of_the_paper():
+    """Chen et al. 2021, figure 3: 1 - Π_{i = n - c + 1}^{n} (1 - k / i); also for many completions."""
+    for n, correct, k in ((100, 7, 16), (256, 1, 64), (1000, 500, 4)):
+        product = np.prod(1.0 - k / np.arange(n - correct + 1, n + 1))
+        assert pass_at_k(n, correct, k) == pytest.approx(1.0 - product)
+    assert pass_at_k(4, 1, 2) == 1 - comb(3, 2) / comb(4, 2) == 0.5
 
 
 def test_pass_at_k_needs_k_completions():
