@@ -64,6 +64,34 @@ def test_a_name_that_leads_to_no_function_is_told_the_way(name, message):
     assert ("hub" in str(error.value)) == (message == HUB)
 
 
+def test_per_completion_passes_one_row():
+    @per_completion
+    def exact(prompt, completion, answer, completion_ids, trainer_state, log_extra, log_metric, scale=2.0, **rest):
+        log_metric("calls", 1)
+        if completion != "skip":
+            log_extra("length", len(completion_ids))
+        return None if completion == "skip" else scale * (completion == answer) + trainer_state + rest["bonus"]
+
+    extras, metrics = {}, []
+    rewards = exact(
+        prompts=["a", "b", "c"],
+        completions=["1", "2", "skip"],
+        completion_ids=[[7], [7, 8], []],
+        answer=["1", "3", "4"],
+        bonus=[0.0, 0.5, 0.5],
+        trainer_state=10,
+        log_extra=extras.__setitem__,
+        log_metric=lambda name, value: metrics.append((name, value)),
+    )
+    assert rewards == [12.0, 10.5, None]
+    assert extras == {"length": [1, 2, None]}
+    assert metrics == [("calls", 1)] * 3
+    signature = Signature.of(exact)
+    assert signature.required[:3] == ("prompts", "completions", "answer")
+    assert signature.optional == ("scale",)
+    assert signature.takes_rest
+
+
 def test_per_completion_runs_async_functions_together():
     everyone_here = asyncio.Event()
     waiting = []
