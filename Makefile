@@ -45,6 +45,7 @@ reference: $(RUN_STAMP) ## write the pages that are made from the source: option
 	$(BIN)/python docs/write_reference.py > docs/reference.md
 	$(BIN)/python docs/write_combinations.py > docs/guides/combinations.md
 	$(BIN)/python docs/write_migrate.py > docs/guides/migrate.md
+	$(BIN)/python docs/write_findings.py > docs/guides/findings.md
 
 models: $(DEV_STAMP) ## write docs/models.md: how a tiny model of every causal type of transformers is read, in 5 minutes
 	$(BIN)/python docs/write_models.py > docs/models.md

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rewards.commands.command_line import EXIT_ERROR, Command, argument, json_argument, write
+from rewards.commands.command_line import Command, argument, json_argument, write
 
 VIEW = (
     argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder; several are drawn over one another"),
@@ -25,7 +25,7 @@ COMPARE = (
     argument("--steps", type=int, nargs="+", default=[], metavar="N", help="by default at most twelve, evenly spaced"),
     json_argument("what the tables show"),
 )
-_RUN = "a run folder, also of a run that goes on, is stuck or has failed; nothing in it is touched"
+_RUN = "a run folder, also of a run that goes on or has failed, or rollouts of another trainer; nothing is touched"
 DIAGNOSE = (argument("run", type=Path, metavar="RUN", help=_RUN), json_argument("what was found"))
 
 
@@ -85,9 +85,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    from review.findings.report import tell
-    from rewards.console import Terminal
+    from review.findings.report import report
+    from rewards.commands.printer import publish
 
-    result = tell(args.run, Terminal())
-    write(args.json, result)
-    return EXIT_ERROR if result["findings"] else 0
+    return publish(report(args.run), args)

@@ -275,8 +275,7 @@ class Watcher:
         metrics = measured(self.lines)
         groups = [list(map(self._watched, group)) for group in split_groups(self.lines)]
         for alarm in self.alarms.observe(groups):
-            what = {"kind": alarm.kind, "reward": alarm.reward, "value": round(alarm.value, 4)}
-            self.event("alarm", step=self.step_of_lines, said=alarm.words, **what, examples=alarm.examples)
+            self.event("alarm", step=self.step_of_lines, said=alarm.evidence, **alarm.as_json())
         self.line(self.step_of_lines, metrics | self.alarms.values)
 
     def _watched(self, line: Mapping[str, Any]) -> Watched:

@@ -50,19 +50,27 @@ def trace_of(task: Task, turns: Sequence[dict[str, Any]]) -> Trace:
 
 
 def _in_its_form(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with what verifiers asks of them: calls have ids, and arguments that are text."""
+    """The messages with what verifiers asks of them: calls have ids, and arguments that are text. A result without the
+    id of a call is that of the first call that has none."""
     messages: list[dict[str, Any]] = []
     calls: list[str] = []
     for turn in turns:
         message = dict(turn)
-        if "tool_calls" in turn:
-            made = [call["function"] for call in turn["tool_calls"]]
-            calls = [f"call_{len(messages)}_{i}" for i in range(len(made))]
+        if asked := turn.get("tool_calls"):
+            calls = [call.get("id") or f"call_{len(messages)}_{i}" for i, call in enumerate(asked)]
+            made = [call["function"] for call in asked]
             message["tool_calls"] = [
-                {"id": key, "name": call["name"], "arguments": json.dumps(call["arguments"])}
+                {"id": key, "name": call["name"], "arguments": _text_of(call["arguments"])}
                 for key, call in zip(calls, made, strict=True)
             ]
         if turn["role"] == "tool":
-            message["tool_call_id"] = calls.pop(0) if calls else "none"
+            named = turn.get("tool_call_id")
+            call_id = named if named in calls else calls[0] if calls else "none"
+            calls = [other for other in calls if other != call_id]
+            message["tool_call_id"] = call_id
         messages.append(message)
     return messages
+
+
+def _text_of(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments)

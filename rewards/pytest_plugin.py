@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from rewards.commands.check import RewardCheck
     from rewards.protocol import Reward
 
-CASES = 5  # unexpected scores that a message shows
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("quartet", "rewards of reinforcement learning, by the fixture quartet_reward")
@@ -53,6 +51,7 @@ def quartet_reward(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
     ) -> RewardCheck:
         from rewards.commands.conduct import check_conduct
         from rewards.commands.options import RewardTestConfig
+        from rewards.commands.printer import text_of
         from rewards.config.options import load
         from rewards.protocol import RewardError
 
@@ -69,8 +68,8 @@ def quartet_reward(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
             result = check_conduct(function, load(RewardTestConfig, None, given), allow)
         except (RewardError, ValueError, OSError) as error:
             pytest.fail(f"{function}: {error}", pytrace=False)
-        if result.problems:
-            pytest.fail(_words(result), pytrace=False)
+        if result.faults:
+            pytest.fail(text_of(result), pytrace=False)
         return result
 
     return check
@@ -82,14 +81,3 @@ def _name_of(reward: object, module: ModuleType) -> str:
     if name is None:
         pytest.fail(f"{reward!r} has no name at the top of {module.__file__}, where a process of its own finds it")
     return f"{module.__file__}:{name}"
-
-
-def _words(check: RewardCheck) -> str:
-    faults = [surprise for surprise in check.surprises if surprise.fault]
-    cases = [
-        f"{case.prompt_id} scores {case.score}, due {case.expected}: prompt {case.prompt[:200]!r}, "
-        f"completion {case.completion[:200]!r}"
-        for case in faults[:CASES]
-    ]
-    more = [f"and {len(faults) - CASES} more"] if len(faults) > CASES else []
-    return "\n  ".join([f"{check.function}, on {check.rows} rows of {check.data}:", *check.problems, *cases, *more])

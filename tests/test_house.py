@@ -54,7 +54,7 @@ FEATURES = (
     *("bitsandbytes", "datasets", "gguf", "ray", "reasoning_gym", "starlette", "uvicorn", "vllm"),
 )
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-PAGES = ("reference", "guides/combinations")
+PAGES = ("reference", "guides/combinations", "guides/findings")
 MORE = f"""
 import contextlib, io, runpy
 import rollout.workers.ray_pool

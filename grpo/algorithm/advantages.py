@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Rewards: TypeAlias = Tensor | Sequence[Sequence[float | None]]
 
 EPSILON = 1e-4
+LARGEST_SCORE = 1e30  # the squares of 1e200 overflow, and float32 ends at 3e38
 
 
 def group_relative(rewards_PG: Rewards, scale_rewards: ScaleRewards = "group") -> tuple[Tensor, Tensor]:
@@ -150,13 +151,17 @@ def same(a: Tensor, b: Tensor) -> Tensor:
 
 
 def as_tensor(rewards: Tensor | Sequence) -> Tensor:
-    """fp64 rewards from a tensor or nested lists; None becomes NaN."""
+    """fp64 rewards from a tensor or nested lists; None becomes NaN.
+
+    Raises ValueError for a reward beyond ±LARGEST_SCORE, whose advantage would be 0 or infinite.
+    """
     rewards = rewards if isinstance(rewards, Tensor) else torch.from_numpy(np.array(rewards, dtype=np.float64))
     rewards = rewards.detach().double()
-    if rewards.isinf().any():
-        where = rewards.isinf().nonzero()[0].tolist()
+    if (overflows := rewards.abs() > LARGEST_SCORE).any():
+        where = overflows.nonzero()[0].tolist()
         raise ValueError(
-            f"the reward at {where} is {rewards[tuple(where)].item()}; return a finite number, or None to abstain"
+            f"the reward at {where} is {rewards[tuple(where)].item()}; return a number between ±{LARGEST_SCORE:g}, or "
+            "None to abstain"
         )
     return rewards
 

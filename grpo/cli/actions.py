@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpo.cli.migration.migration import Migration
     from grpo.config.mtp import MtpConfig
     from grpo.config.run import RunConfig, SftConfig, TrainConfig
+    from rewards.finding import Report
 
 
 def _load(args: argparse.Namespace, brought: Mapping[str, Any] | None = None) -> Any:
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     from grpo.cli.commands import summary
 
     if args.dry_run:
-        return 0 if summary.dry_run(config, device_gib=args.device_gib, **_flags(args)) else EXIT_ERROR
+        return _publish(summary.dry_run(config, device_gib=args.device_gib, **_flags(args)))
     from grpo.cli.launch import launch
 
     results = launch(config, **_flags(args))
@@ -132,9 +133,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _publish(report: Report) -> int:
+    from rewards.commands.printer import publish
+
+    return publish(report, argparse.Namespace(json=None))
+
+
 def rehearse(args: argparse.Namespace) -> int:
-    from grpo.cli.commands.rehearsal import Rehearsal, show
-    from rewards.console import Terminal
+    from grpo.cli.commands.rehearsal import Rehearsal
+    from rewards.commands.printer import publish
 
     source = args.verl or str(args.config)
     with tempfile.TemporaryDirectory(prefix="migration_") as folder:
@@ -150,12 +157,12 @@ def rehearse(args: argparse.Namespace) -> int:
             if migration:
                 result.read_from(migration)
         except ValueError as error:
-            result = Rehearsal(source)
+            result = Rehearsal(f"rehearsal of {source}")
             for problem in getattr(error, "problems", [str(error)]):  # of a ConfigError
                 result.refuse(problem)
-    show(result, Terminal())
-    write(args.json, asdict(result) | {"wrong": result.wrong})
-    return EXIT_ERROR if result.wrong else 0
+    for name, words in result.disturbed.items():
+        result.facts[f"fault, {name}"] = words
+    return publish(result, args)
 
 
 def _read_for_others(args: argparse.Namespace, folder: Path) -> Migration | None:
@@ -190,8 +197,7 @@ def mtp(args: argparse.Namespace) -> int:
     from grpo.cli.commands import summary
 
     if args.dry_run:
-        fits = summary.mtp_dry_run(config, **_flags(args), device_gib=args.device_gib)
-        return 0 if fits else EXIT_ERROR
+        return _publish(summary.mtp_dry_run(config, **_flags(args), device_gib=args.device_gib))
     from grpo.cli.mtp import mtp
     from rewards.config.problems import command_line
 
@@ -299,14 +305,10 @@ def check(args: argparse.Namespace) -> int:
     if args.layers < 1:
         return fail(f"--layers={args.layers}: give 1 or more of each kind", EXIT_USAGE)
     _begin()
-    from grpo.cli.commands import check, summary
+    from grpo.cli.commands.check import check, report
+    from rewards.commands.printer import publish
 
-    rows = check.check(args.model, args.layers)
-    summary.CONSOLE.print(check.table(args.model, rows))
-    for line in check.lines(rows):
-        summary.CONSOLE.print(line, markup=False, highlight=False)
-    write(args.json, dict(check.as_json(args.model, rows)))
-    return EXIT_ERROR if any(row.wrong for row in rows) else 0
+    return publish(report(args.model, check(args.model, args.layers)), args)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -322,12 +324,13 @@ def export(args: argparse.Namespace) -> None:
     print(escaped(message))
 
 
-def why(args: argparse.Namespace) -> None:
+def why(args: argparse.Namespace) -> int:
     from grpo.cli.why.report import tell
+    from rewards.commands.printer import publish
     from rewards.console import Terminal
 
     options = {name: getattr(args, name) for name in ("group", "groups", "tokens", "held_out", "what_if")}
-    write(args.json, asdict(tell(args.run, args.step, Terminal(), **options)))
+    return publish(tell(args.run, args.step, Terminal(), **options), args)
 
 
 def from_trl(args: argparse.Namespace) -> int:
@@ -366,13 +369,10 @@ def _migrate(args: argparse.Namespace, read: Callable[[Path], Migration]) -> int
 
 def environment_test(args: argparse.Namespace) -> int:
     config = _load(args)
-    from grpo.cli.commands.environment_test import check_environment, show_check
-    from rewards.console import Terminal
+    from grpo.cli.commands.environment_test import check_environment
+    from rewards.commands.printer import publish
 
-    check = check_environment(args.environment, config)
-    show_check(check, Terminal())
-    write(args.json, asdict(check))
-    return EXIT_ERROR if check.problems else 0
+    return publish(check_environment(args.environment, config), args)
 
 
 # Errors whose message is written for the user, beside ValueError and OSError; anything else is a bug and keeps its

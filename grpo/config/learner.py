@@ -104,7 +104,7 @@ class LoraOptions(Options):
     base: Literal["nf4"] | None = None
     """nf4 keeps the frozen weights under the adapters in 4 bits (bitsandbytes, extra `low-memory`): those of the linear
     modules, but not embedding, LM head, routers, routed experts and draft head. null keeps them in `dtype`."""
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=4096)
     """Rank of the adapters."""
     alpha: float = Field(default=32.0, gt=0)
     """Scale: the update is alpha / rank · BA."""

@@ -9,6 +9,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rewards.config.options import Options
 
+MOST_THREADS = 1024  # more than any machine has cores; torch accepts 2**31 and then cannot start them
+
 
 class ModelOptions(Options):
     """What a policy is loaded from; every command that has a policy has these options."""
@@ -20,7 +22,7 @@ class ModelOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of learner and sampler; the optimizer keeps fp32 copies of bfloat16 weights. `auto` is bfloat16 on an
     accelerator that computes in it, and float32 elsewhere."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=MOST_THREADS)
     """CPU threads of this process. null takes OMP_NUM_THREADS where it is set, else one thread for every 8 M parameters
     of the policy, but no more than there are cores. A resumed run keeps its number of threads."""
     seed: int = 0

@@ -25,7 +25,7 @@ from grpo.config.learner import (
 )
 from grpo.config.loss import LossOptions
 from grpo.config.policy import ArchitectureOptions, ModelOptions
-from grpo.config.sampling import RolloutOptions, SamplingOptions
+from grpo.config.sampling import LARGEST_GROUP, RolloutOptions, SamplingOptions
 from rewards.config.data import SourceOptions, check_sources
 from rewards.config.options import OneOrMore, Options, load
 from rewards.config.reward import RewardsOptions
@@ -57,7 +57,7 @@ class EvalOptions(Options):
 
     limit: int = Field(default=0, ge=0)
     """Held-out problems; 0 turns evaluation off."""
-    samples: int = Field(default=1, ge=1)
+    samples: int = Field(default=1, ge=1, le=LARGEST_GROUP)
     """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too where there is an
     accuracy."""
     split: str | None = None

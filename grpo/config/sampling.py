@@ -10,6 +10,8 @@ from rewards.config.options import Options
 
 LOWEST_TEMPERATURE = 1e-6  # logits that are divided by less leave the range of float32: see rollout/sampling.py
 
+LARGEST_GROUP = 65_536  # its lists are made before a step: a trillion would fill the memory
+
 
 class SamplingOptions(Options):
     """How one completion is sampled; every command that samples has these options."""
@@ -63,6 +65,8 @@ class WorkersOptions(SamplingOptions):
     def _compares(cls, group_size: int) -> int:
         if group_size < 2:
             raise ValueError("gives every completion a zero advantage; use 2 or more")
+        if group_size > LARGEST_GROUP:
+            raise ValueError(f"no batch holds such a group; use at most {LARGEST_GROUP:,}")
         return group_size
 
 

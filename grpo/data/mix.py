@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -53,11 +54,16 @@ class MixedStream(PromptStream):
 
     def take_examples(self, n: int) -> list[Example]:
         """The next n examples, all different. Raises ValueError where a source has too few."""
-        labels, turns = list(self.weights), list[str]()
+        counts, turns = dict(self.counts), list[str]()
+        labels = list(counts)
         for _ in range(n):
-            turns.append(labels[next_source(self.shares, list(self.counts.values()))])
-            self.counts[turns[-1]] += 1
-        chosen = {label: iter(self.streams[label].take_examples(turns.count(label))) for label in dict.fromkeys(turns)}
+            turns.append(labels[next_source(self.shares, list(counts.values()))])
+            counts[turns[-1]] += 1
+        taken = Counter(turns)
+        for label, count in taken.items():  # before a stream moves: a refusal takes nothing
+            self.streams[label].refuse_too_many(count)
+        chosen = {label: iter(self.streams[label].take_examples(count)) for label, count in taken.items()}
+        self.counts = counts
         return [next(chosen[label]) for label in turns]
 
     def state_dict(self) -> dict[str, Any]:

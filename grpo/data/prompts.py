@@ -222,17 +222,21 @@ class PromptStream:
 
     def take_examples(self, n: int) -> list[Example]:
         """The next n examples, all different. Raises ValueError where the data set has fewer than n."""
-        if not 1 <= n <= len(self._examples):
-            raise ValueError(
-                f"a step cannot take {n} different prompts from {len(self._examples)} examples; "
-                f"use 1 to {len(self._examples)} prompts per step, or more data"
-            )
+        self.refuse_too_many(n)
         chosen = self._order[self._position : self._position + n]
         self._position += len(chosen)
         if len(chosen) < n:
             self._go_to(self._epoch + 1, position=n - len(chosen), carried=chosen)
             chosen = chosen + self._order[: self._position]
         return [self._examples[index] for index in chosen]
+
+    def refuse_too_many(self, n: int) -> None:
+        """Raises ValueError if `take_examples(n)` would."""
+        if not 1 <= n <= len(self._examples):
+            raise ValueError(
+                f"a step cannot take {n} different prompts from {len(self._examples)} examples; "
+                f"use 1 to {len(self._examples)} prompts per step, or more data"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the stream, for JSON."""

@@ -130,6 +130,7 @@ class _Sampling:
         """Returns an episode, and what its agent is called with."""
         number, sample = divmod(place, self.size)
         prompt, endpoint = self.prompts[number], self.sampler.endpoint
+        sample += prompt.first_sample
         episode = self.kind(prompt, sample, self.batcher, self.params, self.sampler.temperature)
         episode.home = place
         address = {"base_url": endpoint.open(episode), "api_key": endpoint.key}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm import advantages, own
+from grpo.algorithm.advantages import LARGEST_SCORE
 from grpo.config.loss import LossOptions
 from grpo.learner.batch import TrainingBatch, split_rows
 from grpo.learner.row import PackedRow, Sample
@@ -67,8 +68,10 @@ def check_groups(
 
 
 def _check_completion(place: str, completion: Completion, reward: float, temperature: float) -> None:
-    if not math.isfinite(reward):
-        raise ValueError(f"{place}: its reward is {reward}; give a finite number, or None to leave it out")
+    if not abs(reward) <= LARGEST_SCORE:  # nor NaN
+        raise ValueError(
+            f"{place}: its reward is {reward}; give a number between ±{LARGEST_SCORE:g}, or None to leave it out"
+        )
     if completion.temperature not in (None, temperature):
         raise ValueError(
             f"{place} was sampled at temperature {completion.temperature:g}, and its log-probabilities are computed at "

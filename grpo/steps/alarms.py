@@ -12,7 +12,8 @@ from grpo.config.run import TrainConfig
 from grpo.learner.batch import TrainingBatch
 from grpo.steps.callback import Callback
 from grpo.task.task import Task
-from review.findings.alarms import Alarm, Alarms, Watched
+from review.findings.alarms import Alarms, Watched
+from rewards.finding import Finding
 from rewards.group_score import GroupScore
 from rollout.group import RolloutGroup
 
@@ -56,10 +57,9 @@ class AlarmCallback(Callback):
         if accuracy is not None:
             self._sound(step, self.alarms.evaluated(accuracy, len(correct) or result.completions))
 
-    def _sound(self, step: int, alarms: Sequence[Alarm]) -> None:
+    def _sound(self, step: int, alarms: Sequence[Finding]) -> None:
         for alarm in alarms:
-            what = {"kind": alarm.kind, "reward": alarm.reward, "value": round(alarm.value, 4)}
-            self.event("alarm", step=step, said=alarm.words, unshown=what | {"examples": alarm.examples})
+            self.event("alarm", step=step, said=alarm.evidence, unshown=alarm.as_json())
 
 
 def _watched(group: RolloutGroup, score: GroupScore | None) -> list[Watched]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from review.statistics.estimates import student_t
 from rewards.built_in.gsm8k import NUMBER, extract_answer, gold_answer
+from rewards.finding import Finding, found
 
 WINDOW = 5  # steps that are looked at together
 LIMITS: dict[str, float] = {
@@ -38,28 +39,37 @@ SAME = 1e-6  # marks that differ by less are equal
 TINY = 1e-12  # a sum of squares that is no more is rounding
 EXAMPLES = 3
 
-SAID: dict[str, str] = {
-    "length": "follows the length of completions (r = {value:+.2f})",
-    "repetition": "follows how much completions repeat themselves (r = {value:+.2f})",
-    "copied": "pays for numbers of the question as answers (r = {value:+.2f})",
-    "format": "pays for the form of an answer: {value:.0%} of the completions with its best mark are wrong",
-    "identical": "is earned by the same text for different questions: {value:.0%} of the completions",
-    "held_out": "rose while held-out accuracy fell, by {value:.1f} standard errors",
+# The kind of finding for each of them, and its evidence.
+SAID: dict[str, tuple[str, str]] = {
+    "length": ("length-rewarded", "follows the length of completions (r = {:+.2f})"),
+    "repetition": ("repetition-rewarded", "follows how much completions repeat themselves (r = {:+.2f})"),
+    "copied": ("copy-rewarded", "pays for numbers of the question as answers (r = {:+.2f})"),
+    "format": ("form-rewarded", "pays for the form: {:.0%} of the completions with its best score are incorrect"),
+    "identical": ("identical-rewarded", "is earned by one text for different questions: {:.0%} of the completions"),
+    "held_out": ("held-out-falls", "rose while held-out accuracy fell, by {:.1f} standard errors"),
 }
 
 
+def alarm(feature: str, reward: str, value: float, examples: Sequence[Example] = ()) -> Finding:
+    """The finding that `value` has passed the limit of its feature.
+
+    >>> alarm("length", "mine", 0.9).evidence
+    'the reward mine follows the length of completions (r = +0.90)'
+    """
+    kind, words = SAID[feature]
+    return found(kind, f"the reward {reward} {words.format(value)}", examples)
+
+
 @dataclass(frozen=True)
-class Alarm:
-    """`value` has passed the limit of its kind. `examples` are completions with high marks that show it."""
+class Example:
+    """A completion with a high score that shows a finding."""
 
-    kind: str
-    reward: str
-    value: float
-    examples: list[dict[str, Any]]
+    place: str  # its prompt's id
+    text: str
+    mark: float | None
 
-    @property
-    def words(self) -> str:
-        return f"the reward {self.reward} {SAID[self.kind].format(value=self.value)}"
+    def as_row(self) -> dict[str, Any]:
+        return {"text": self.text, "mark": self.mark}
 
 
 @dataclass(frozen=True)
@@ -348,9 +358,10 @@ class Alarms:
         self._means: list[float] = []  # of the first reward, by step
         self._evaluations: list[tuple[int, float]] = []  # how many means there were, and the accuracy
 
-    def observe(self, groups: Sequence[Sequence[Watched]]) -> list[Alarm]:
+    def observe(self, groups: Sequence[Sequence[Watched]]) -> list[Finding]:
         """The alarms of a step, over the window. `values` are then those of the step alone, by metric."""
-        self.values, alarms = {}, []
+        self.values = {}
+        alarms: list[Finding] = []
         first = next(iter(self.steps))
         self.shares.append(earned(groups, first))
         for name, steps in self.steps.items():
@@ -358,16 +369,16 @@ class Alarms:
             values = believed(steps, of_parts=name == SCORE and len(self.steps) > 1)
             self.values |= {f"alarm/{kind}/{name}": value for kind, value in values_of([steps[-1]], 1).items()}
             if len(steps) == WINDOW and (kind := judged(values)):
-                alarms.append(self._alarm(kind, name, values[kind], groups))
+                alarms += self._sound(kind, name, values[kind], groups)
         self.values["alarm/identical"] = identical(groups)
         share = _mean(self.shares)
         if len(self.shares) == WINDOW and share >= LIMITS["identical"]:
-            alarms.append(self._alarm("identical", first, share, groups))
+            alarms += self._sound("identical", first, share, groups)
         marks = [mark for group in groups for seen in group if (mark := seen.mark(first)) is not None]
         self._means += [_mean(marks)] if marks else []
-        return [alarm for alarm in alarms if alarm is not None]
+        return alarms
 
-    def evaluated(self, accuracy: float, completions: int) -> list[Alarm]:
+    def evaluated(self, accuracy: float, completions: int) -> list[Finding]:
         """The alarm of an evaluation of so many completions: since an earlier one, a window of steps ago or more, the
         reward rose and accuracy fell, both by more than chance."""
         earlier = [(count, last) for count, last in self._evaluations if len(self._means) - count >= WINDOW]
@@ -379,14 +390,13 @@ class Alarms:
         fall = (last - accuracy) / max(error, 1e-9)
         if fall < LIMITS["held_out"] or not _rises(self._means[count:]):
             return []
-        alarm = self._alarm("held_out", next(iter(self.steps)), fall, [])
-        return [alarm] if alarm else []
+        return self._sound("held_out", next(iter(self.steps)), fall, [])
 
-    def _alarm(self, kind: str, reward: str, value: float, groups: Sequence[Sequence[Watched]]) -> Alarm | None:
+    def _sound(self, kind: str, reward: str, value: float, groups: Sequence[Sequence[Watched]]) -> list[Finding]:
         if (kind, reward) in self.earlier:
-            return None
+            return []
         self.earlier.add((kind, reward))
-        return Alarm(kind, reward, value, _examples(kind, reward, value, groups))
+        return [alarm(kind, reward, value, _examples(kind, reward, value, groups))]
 
 
 def _mean(values: Collection[float]) -> float:
@@ -403,7 +413,7 @@ def _rises(values: Sequence[float]) -> bool:
     return r > 0 and degrees > 0 and r * math.sqrt(degrees) >= student_t(degrees) * math.sqrt(max(1 - r * r, 0.0))
 
 
-def _examples(kind: str, reward: str, value: float, groups: Sequence[Sequence[Watched]]) -> list[dict[str, Any]]:
+def _examples(kind: str, reward: str, value: float, groups: Sequence[Sequence[Watched]]) -> list[Example]:
     """Completions with high marks, those first that show the feature most, of different prompts."""
 
     def order(seen: Watched) -> tuple[float, float]:
@@ -411,4 +421,4 @@ def _examples(kind: str, reward: str, value: float, groups: Sequence[Sequence[Wa
         return (seen.mark(reward) or 0.0, math.copysign(feature, value) if kind == "length" else feature)
 
     firsts = sorted((max(group, key=order) for group in groups if group), key=order, reverse=True)[:EXAMPLES]
-    return [{"prompt_id": seen.prompt_id, "text": seen.text, "mark": seen.mark(reward)} for seen in firsts]
+    return [Example(seen.prompt_id, seen.text, seen.mark(reward)) for seen in firsts]

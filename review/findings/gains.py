@@ -9,41 +9,39 @@ from typing import Any
 
 from review.readers.gains import Gains, options_of_run
 from review.readers.run_folder import read_metrics
+from rewards.finding import Finding, found
 
-Cause = tuple[bool, str, str]
 
-
-def evaluation(gains: Gains) -> Cause:
+def evaluation(gains: Gains) -> Finding | None:
     """The training reward rose, and the held-out problems are too few to show such a gain."""
     if not gains.are_apart or not gains.are_too_few or gains.held_out is None:
-        return False, "", ""
+        return None
     what = f"{gains.words} So few problems cannot show a gain as large as that in training."
     needed = gains.problems_needed
     seeds = math.ceil(needed / gains.held_out.count)
-    return True, what, f"raise {gains.option('eval.limit')} to {needed}, or take {seeds} seeds"
+    change = f"raise {gains.option('eval.limit')} to {needed}, or take {seeds} seeds"
+    return found("evaluation", what, change=change)
 
 
-def training_only(gains: Gains) -> Cause:
+def training_only(gains: Gains) -> Finding | None:
     """The training reward rose, and the held-out problems would show such a gain."""
     if not gains.are_apart or gains.are_too_few or gains.held_out is None:
-        return False, "", ""
+        return None
     shown = "Held-out problems got worse." if gains.held_out.high < 0 else "No gain on held-out problems is shown."
-    change = f"train on more problems, {gains.option('data.limit')}; take fewer steps, {gains.option('steps')}; or set "
-    change += f"{gains.option('loss.beta')} above 0. Read the completions with the highest rewards for what earns them"
-    return True, f"{gains.words} {shown}", change
+    return found("training-only", f"{gains.words} {shown}")
 
 
-def rate_decay(gains: Gains) -> Cause:
+def rate_decay(gains: Gains) -> Finding | None:
     """The policy gained while its learning rate decayed for the first time. Weights that were trained at a constant
     rate hold noise, which any training with a decaying rate takes out, supervised steps too."""
     gain = gains.held_out or gains.training
     start, change = _constant_start(gains.options)
     schedule = gains.options.get("learner.schedule") or "constant"
     if not start or schedule == "constant" or gain is None or gain.value <= 0:
-        return False, "", ""
+        return None
     what = f"{gains.words} GRPO starts from {start}, and learner.schedule={schedule} is the first decay of the rate. "
     what += "The decay alone may account for the gain: it takes noise out of the weights, without any reward."
-    return True, what, f"{change}, and run again: a gain from there is not from the decay"
+    return found("rate-decay", what, change=f"{change}, and run again: a gain from there is not from the decay")
 
 
 def decays_first(warm_steps: int, warm_schedule: str, schedule: str) -> bool:
@@ -71,6 +69,11 @@ def _constant_start(options: Mapping[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
+def of_run(gains: Gains) -> list[Finding]:
+    """What a run's gain means, or nothing."""
+    return [finding for finding in (evaluation(gains), training_only(gains), rate_decay(gains)) if finding]
+
+
 def told(folder: Path) -> list[str]:
     """What the end of a run says of its gain: a line for each cause, and one for what to change. Empty for runs of
     other commands. The run has ended well, so that a damaged record is told and no error."""
@@ -81,9 +84,5 @@ def told(folder: Path) -> list[str]:
         gains = Gains.of(folder, options, read_metrics(folder))
     except ValueError as fault:
         return [f"what the run has gained is not known: {fault}"]
-    if command != "train":
-        return []
-    lines = []
-    for is_there, what, change in (evaluation(gains), training_only(gains), rate_decay(gains)):
-        lines += [what, f"  what may help: {change}"] if is_there else []
-    return lines
+    findings = of_run(gains) if command == "train" else []
+    return [line for finding in findings for line in (finding.evidence, f"  what may help: {finding.change}")]

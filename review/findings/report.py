@@ -1,45 +1,99 @@
-"""What `quartet diagnose` prints: the state of a run, and what to change first."""
+"""What `quartet diagnose` finds: the state of a run, and what to change first."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-
-from review.findings.detectors import DETECTORS, EXPLAINED, NO_CAUSE
+from review.findings.alarms import SAID
+from review.findings.detectors import DETECTORS, EXPLAINED, NO_CAUSE, OF_RECORD
+from review.findings.gains import of_run
 from review.readers.record import Record
-from rewards.console import visible
+from rewards.audit.audit import audit
+from rewards.audit.detectors import OF_SAMPLE
+from rewards.audit.findings import Rollouts
+from rewards.audit.options import AuditConfig
+from rewards.audit.traces import Trace, trace_files, traces_of
+from rewards.finding import Finding, Report, found
+from rewards.kinds import KINDS, ORDER
+from rewards.records import rollout_path
 
 
-def diagnose(record: Record) -> list[dict[str, str]]:
-    """Returns the findings, in the order in which to look at them."""
-    findings: list[dict[str, str]] = []
-    no_cause = NO_CAUSE.get(str(record.options.get("loss.advantage")), set())
-    for detector in DETECTORS:
-        kind, (is_there, what, change) = detector.__name__, detector(record)
-        if kind in no_cause:
+def diagnose(record: Record) -> list[Finding]:
+    """Returns the findings, causes before their symptoms. What an earlier finding explains is left out."""
+    each = [detector(record) for detector in DETECTORS]
+    of_curves = [finding for finding in each if finding is not None]
+    every = [*of_curves, *of_run(record.gains), *of_events(record), *of_rollouts(record)]
+    every.sort(key=lambda finding: ORDER[finding.kind])
+    findings: list[Finding] = []
+    left_out = set(NO_CAUSE.get(str(record.options.get("loss.advantage")), ()))
+    for finding in every:
+        if finding.kind in left_out:
             continue
-        explained = any(kind in EXPLAINED.get(earlier["kind"], ()) for earlier in findings)
-        findings += [{"kind": kind, "what": what, "change": change}] if is_there and not explained else []
+        left_out |= {finding.kind} | EXPLAINED.get(finding.kind, set())
+        if finding.change == KINDS[finding.kind].change:
+            finding = replace(finding, change=record.with_values(finding.change))
+        findings.append(finding)
     return findings
 
 
-def tell(folder: Path, console: Console) -> dict[str, Any]:
-    """Prints the findings, and returns them. Raises ValueError for a folder that is no run of `quartet train`."""
+def of_events(record: Record) -> list[Finding]:
+    """The alarms that sounded while the run trained."""
+    alarms = [event for event in record.events if event["event"] == "alarm"]
+    old = {feature: kind for feature, (kind, _) in SAID.items()}  # runs of version 0.4 and before
+    kinds = [old.get(event["kind"], event["kind"]) for event in alarms]
+    return [
+        found(kind, f"{event.get('said')} at step {event.get('step')}")
+        for kind, event in zip(kinds, alarms, strict=True)
+        if kind in KINDS
+    ]
+
+
+def of_rollouts(record: Record) -> list[Finding]:
+    """What an audit finds in the rollouts that were read."""
+    traces: list[Trace] = []
+    for step, lines in record.audited.items():
+        traces += traces_of(rollout_path(record.folder, step), lines)
+    rollouts = Rollouts(traces)
+    findings = [finding for detector in OF_SAMPLE for finding in detector(rollouts)]
+    return [finding for finding in findings if finding.where]
+
+
+def report(path: Path) -> Report:
+    """What a run folder shows, or rollouts that another trainer recorded, which have no curves. Raises ValueError for
+    what is neither."""
+    if not is_of_others(path):
+        return of_run_folder(path)
+    result = audit(path, AuditConfig())
+    result.lacking["options, metrics and events of a run"] = list(OF_RECORD)
+    return result
+
+
+def is_of_others(path: Path) -> bool:
+    """Whether there are rollouts, and no run of ours."""
+    if path.is_file():
+        return True
+    if next(path.glob("metrics.jsonl"), None) or next(path.glob("*/metrics.jsonl"), None):
+        return False
+    try:
+        return bool(trace_files(path))
+    except FileNotFoundError:
+        return False
+
+
+def of_run_folder(folder: Path) -> Report:
     record = Record(folder)
-    findings, (before, after, _) = diagnose(record), record.rise
-    lines = [f"{folder}: {record.state}; marks {before:.3g}, at the end {after:.3g}; {len(record.groups)} groups read"]
-    for number, finding in enumerate(findings, start=1):
-        lines += [f"{number}. {finding['kind']}: {finding['what']}", f"   Change: {finding['change']}."]
+    before, after, _ = record.rise
+    facts: dict[str, object] = {
+        "state": record.state,
+        "score of the first reward": f"{before:.3g}, at the end {after:.3g}",
+        "read": f"{len(record.groups)} groups of {len(record.lines)} steps, rollouts of {len(record.audited)}",
+    }
     if record.faults:
-        lines.append(f"{len(record.faults)} records of rollouts cannot be read; the first: {record.faults[0]}")
+        facts["cannot be read"] = f"{len(record.faults)} records of rollouts; the first: {record.faults[0]}"
     if not record.groups:
-        lines.append("There are no rollouts that can be read, so nothing is said of texts and groups.")
+        facts["read"] = "There are no rollouts that can be read, so nothing is said of texts and groups."
     if not record.steps:
-        lines.append("No step is recorded yet.")
-    elif not findings:
-        lines.append("Nothing was found.")
-    for line in lines:
-        console.print(visible(line, 1000, console.encoding), highlight=False, soft_wrap=True)
-    return {"run": str(folder), "state": record.state, "steps": record.steps, "findings": findings}
+        facts["state"] = "No step is recorded yet."
+    more = {"run": str(folder), "steps": record.steps}
+    return Report(str(folder), diagnose(record), facts, more=more)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from rewards.episode import answer_of
 from rewards.records import recorded_steps, split_groups
 
 STEPS = 16  # whose rollouts are read: the first, the last, and some between
+AUDITED = 2048  # rollouts, so that an answer takes a second
 FEW = 8  # groups; of fewer nothing is said
 SHAPING = (  # built-in rewards that do not say whether an answer is right
     *("length_penalty", "repetition_penalty", "soft_overlong_punishment"),
@@ -78,10 +81,11 @@ class Record:
         self.gains = Gains.of(folder, options, self.rows)
         self.rewards: list[dict[str, Any]] = sorted(self.options.get("rewards") or [{}], key=_only_shapes)
         first = self.rewards[0]
-        self.first_reward = label_of(first)
-        self.read_answer = answer_reader(str(first.get("function")), first.get("arguments") or {})
+        self.first_reward, self.function = label_of(first), str(first.get("function"))
+        self.read_answer = answer_reader(self.function, first.get("arguments") or {})
         self.steps = max((row["step"] for row in self.rows if "completion/tokens" in row), default=0)
         self.faults: list[str] = []  # what is wrong with rollouts that cannot be read
+        self.lines: dict[int, list[dict[str, Any]]] = {}  # the rollouts of the steps that were read
         self.groups = [group for group in self._groups() if len(group.marks) > 1]
         half = max(self.steps / 2, min((group.step for group in self.groups), default=0))
         self.early = [group for group in self.groups if group.step <= half]  # with these the run begins
@@ -103,10 +107,17 @@ class Record:
         places = {round(i * (len(steps) - 1) / (STEPS - 1)) for i in range(STEPS)} if steps else set()
         for step in (steps[index] for index in sorted(places)):
             try:
-                groups += [self._group(step, lines) for lines in split_groups(read_step(self.folder, step))]
+                self.lines[step] = read_step(self.folder, step)
+                groups += [self._group(step, lines) for lines in split_groups(self.lines[step])]
             except (OSError, ValueError) as error:
                 self.faults.append(str(error))
         return groups
+
+    @cached_property
+    def audited(self) -> dict[int, list[dict[str, Any]]]:
+        """Those of `lines` that an audit reads: evenly spaced steps with AUDITED rollouts at most."""
+        most = max(1, len(self.lines) * AUDITED // max(AUDITED, sum(map(len, self.lines.values()))))
+        return dict(list(self.lines.items())[:: math.ceil(len(self.lines) / most) if self.lines else 1])
 
     def _group(self, step: int, lines: Sequence[dict[str, Any]]) -> Group:
         marks = [line["parts"].get(self.first_reward, line.get("reward")) for line in lines]
@@ -117,13 +128,16 @@ class Record:
     @property
     def completions(self) -> float:
         """How many completions the steps had, by those of the recorded groups."""
-        read = {group.step for group in self.groups}
-        lines = sum(len(group.lines) for group in self.groups)
-        return lines * max(self.steps, 1) / max(len(read), 1)
+        lines = sum(map(len, self.lines.values()))
+        return lines * max(self.steps, 1) / max(len(self.lines), 1)
 
     def option(self, key: str) -> str:
         """The option as a sentence names it."""
         return f"{key} (now {self.options[key]})" if key in self.options else key
+
+    def with_values(self, text: str) -> str:
+        """The text with the value of each option that it names."""
+        return re.sub(r"\b[a-z_]+(?:\.[a-z_]+)+\b", lambda match: self.option(match[0]), text)
 
     def share(self, groups: Sequence[Group], holds: Callable[[Group], bool]) -> float:
         """The share of the groups of which it holds; 0 of a FEW."""

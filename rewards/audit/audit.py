@@ -1,22 +1,18 @@
-"""`quartet audit`: everything that can be found in recorded rollouts, as a table, as JSON and as a page."""
+"""`quartet audit`: everything that can be found in recorded rollouts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
-
 from rewards.audit.detectors import DETECTORS
-from rewards.audit.findings import ANSWERS, Finding, Rollouts, flatten, is_number
+from rewards.audit.findings import ANSWERS, Rollouts, flatten, is_number
 from rewards.audit.options import AuditConfig
 from rewards.audit.traces import Trace, groups_of, read_traces, recorded_means, text_of
-from rewards.console import visible
+from rewards.finding import Finding, Report, found
 from rewards.isolation.child import plain
 from rewards.registry import CHAT
 from rewards.scorer import RewardSpec, Scorer
@@ -24,30 +20,22 @@ from rewards.scorer import RewardSpec, Scorer
 NEAR = 1e-6
 FEW = 64  # rollouts after which a reward that never varies is suspicious
 ABSENT = object()
-PLACES = 3  # of a finding, in the terminal
-ROWS = 200  # and in the file of --json
-
-
-@dataclass(frozen=True)
-class Audit:
-    """Rollouts were audited; without findings nothing is known to be wrong."""
-
-    rollouts: int
-    forms: list[str]
-    figures: dict[str, str]
-    findings: list[Finding]
-
-    def as_json(self) -> dict[str, Any]:
-        findings = [
-            {
-                "kind": finding.kind,
-                "message": finding.message,
-                "count": len(finding.traces),
-                "rows": [_row(trace) for trace in finding.traces[:ROWS]],
-            }
-            for finding in self.findings
-        ]
-        return {"rollouts": self.rollouts, "forms": self.forms, "figures": self.figures, "findings": findings}
+# What a source may lack: whether a rollout has it, and which findings need it.
+NEEDED: dict[str, tuple[Callable[[Trace], bool], list[str]]] = {
+    "advantages": (
+        lambda trace: trace.advantage is not None,
+        ["advantage-mismatch", "advantage-sign", "advantage-mean", "denominators-differ", "unscored-counts"],
+    ),
+    "token ids": (lambda trace: bool(trace.token_ids), ["misaligned", "round-trip"]),
+    "log-probabilities": (lambda trace: bool(trace.logprobs), ["bad-logprobs", "two-temperatures"]),
+    "finish reasons": (lambda trace: trace.finish_reason is not None, ["cut-as-finished"]),
+    "steps": (lambda trace: trace.step is not None, ["step-order", "missing-steps", "repeated-step", "length-drift"]),
+    "policy versions": (lambda trace: trace.version is not None, ["stale", "version-ahead"]),
+    "loss denominators": (
+        lambda trace: trace.loss_denominator is not None,
+        ["denominator", "masked-in-denominator"],
+    ),
+}
 
 
 def audit(
@@ -56,7 +44,7 @@ def audit(
     functions: Sequence[str] = (),
     evaluation: Path | None = None,
     tokenizer: Path | None = None,
-) -> Audit:
+) -> Report:
     """Audits the rollouts of a file or folder. With `functions`, they are scored again, in processes of their own."""
     traces = read_traces(path)
     own = len(traces)
@@ -66,8 +54,15 @@ def audit(
     findings = [finding for detector in DETECTORS for finding in detector(rollouts)]
     for function in functions:
         findings += rescored(rollouts, function, config, alone=len(functions) == 1)
-    findings = [finding for finding in findings if finding.traces and finding.kind not in config.ignore]
-    return Audit(len(rollouts.trained), sorted({trace.form for trace in traces}), rollouts.figures, findings)
+    findings = [finding for finding in findings if finding.where and finding.kind not in config.ignore]
+    forms = ", ".join(sorted({trace.form for trace in traces}))
+    title = f"{len(rollouts.trained)} rollouts of the form {forms}"
+    return Report(title, findings, dict(rollouts.figures), lacking=lacking(rollouts.trained))
+
+
+def lacking(traces: Sequence[Trace]) -> dict[str, list[str]]:
+    """What none of the rollouts has, and the kinds of findings that need it."""
+    return {what: kinds for what, (has, kinds) in NEEDED.items() if traces and not any(map(has, traces))}
 
 
 def _decoder(path: Path) -> Callable[[list[int]], str]:
@@ -109,7 +104,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
                 [group[0].prompt for group in groups],
                 [[_answer(trace) for trace in group] for group in groups],
                 [{}] * len(groups),
-                prompt_ids=[group[0].place for group in groups],
+                prompt_ids=[group[0].key for group in groups],
                 completion_ids=[[trace.token_ids for trace in group] for group in groups] if has_ids else None,
                 completion_columns=[
                     {name: [columns[trace].get(name) for trace in group] for name in names} for group in groups
@@ -124,16 +119,16 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
         )
     one, two = ([reward for score in scores for reward in score.rewards] for scores in (first, second))
     messages = {(e.prompt_id, e.sample_index): str(e) for score in first for e in score.errors}
-    failures = [t for group in groups for i, t in enumerate(group) if (group[0].place, i) in messages]
+    failures = [t for group in groups for i, t in enumerate(group) if (group[0].key, i) in messages]
     if failures:
         what = f"{spec.label} fails on {len(failures)} rollouts: {next(iter(messages.values())):.160}"
-        yield Finding("reward-fails", what, failures)
+        yield found("reward-fails", what, failures)
     unstable = [trace for trace, a, b in zip(every, one, two, strict=True) if _differs(a, b)]
     if unstable:
-        yield Finding("nondeterministic", f"{spec.label} scores {len(unstable)} rollouts differently twice", unstable)
+        yield found("nondeterministic", f"{spec.label} scores {len(unstable)} rollouts differently twice", unstable)
     excluded = {*failures, *unstable}
     if len(every) >= FEW and len(set(one)) == 1 and is_number(one[0]):
-        yield Finding("always-same", f"{spec.label} always gives {one[0]:g}: it never ran, or never matches", every)
+        yield found("always-same", f"{spec.label} always gives {one[0]:g}: it never ran, or never matches", every)
     pairs = [(trace, _recorded(trace, spec.label, alone), mark) for trace, mark in zip(every, one, strict=True)]
     pairs = [pair for pair in pairs if pair[0] not in excluded and pair[1] is not ABSENT]
     other = [(trace, old, new) for trace, old, new in pairs if _differs(old, new)]
@@ -144,7 +139,7 @@ def rescored(rollouts: Rollouts, function: str, config: AuditConfig, alone: bool
             what += "; they have the opposite sign"
         elif _is_shifted(pairs):
             what += "; they are those of a neighbouring row"
-        yield Finding("scored-otherwise", what, [trace for trace, _, _ in other])
+        yield found("scored-otherwise", what, [trace for trace, _, _ in other])
 
 
 def _columns(trace: Trace) -> dict[str, Any]:
@@ -181,30 +176,3 @@ def _differs(one: float | None, other: float | None) -> bool:
     if one is None or other is None or not (isfinite(one) and isfinite(other)):
         return is_number(one) != is_number(other)
     return abs(one - other) > NEAR * max(1.0, abs(one))
-
-
-def _row(trace: Trace) -> dict[str, Any]:
-    numbers = {"reward": trace.reward, "advantage": trace.advantage, **trace.parts}
-    return {
-        "file": trace.file,
-        "row": trace.row,
-        "step": trace.step,
-        "group": trace.group,
-        **{name: value if is_number(value) else None for name, value in numbers.items()},
-        "prompt": trace.prompt[-400:],
-        "completion": trace.completion[:400],
-    }
-
-
-def show(result: Audit, console: Console) -> None:
-    figures = ", ".join(f"{name}: {value}" for name, value in result.figures.items())
-    forms = ", ".join(result.forms)
-    console.print(f"{result.rollouts} rollouts of the form {forms}{'; ' if figures else ''}{figures}", soft_wrap=True)
-    table = Table(Column("finding", no_wrap=True), Column("what", overflow="fold", ratio=1), Column("rows, the first"))
-    for finding in result.findings:
-        places = [f"{Path(trace.file).name}:{trace.row}" for trace in finding.traces[:PLACES]]
-        more = [f"and {len(finding.traces) - PLACES} more"] if len(finding.traces) > PLACES else []
-        table.add_row(finding.kind, visible(finding.message, 400, console.encoding), "\n".join(places + more))
-    if result.findings:
-        console.print(table)
-    console.print(f"{len(result.findings)} findings" if result.findings else "nothing found")

@@ -10,17 +10,9 @@ from functools import cached_property
 from math import isfinite
 
 from rewards.audit.traces import CUT, Trace, groups_of
+from rewards.finding import Finding
 
 ANSWERS = ("answer", "gts", "ground_truth", "expected_answer", "solution", "gold", "target", "label")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something is wrong with these rollouts. `kind` is its name in the documentation."""
-
-    kind: str
-    message: str
-    traces: Sequence[Trace]
 
 
 @dataclass

@@ -34,6 +34,7 @@ SAME_ADVANTAGE = 1e-6
 FEW_PAIRS = 8  # of rollouts with equal rewards, fewer may agree by chance
 LOOKED_AT = 32  # rollouts of a group
 MOST_BYTES = 2**29  # of a file when it is unpacked
+MOST_SHOWN = 400  # characters of a text in a report
 Message = dict[str, Any]
 LISTS_AND_TABLES: dict[str, type] = {
     **dict.fromkeys(("prompt_ids", "token_ids", "logprobs", "loss_mask"), list),
@@ -114,8 +115,22 @@ class Trace:
         return len(self.token_ids) or len(self.completion)
 
     @property
-    def place(self) -> str:
+    def key(self) -> str:
         return f"{self.file}:{self.row}"
+
+    @property
+    def place(self) -> str:
+        return f"{Path(self.file).name}:{self.row}"
+
+    def as_row(self) -> dict[str, Any]:
+        """What a report shows of it. A number that is none is left out."""
+        names = ("step", "group", "finish_reason", "error")
+        numbers = {"reward": self.reward, "advantage": self.advantage, **self.parts}
+        finite = {
+            name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()
+        }
+        texts = {"prompt": self.prompt[-MOST_SHOWN:], "completion": self.completion[:MOST_SHOWN]}
+        return {name: getattr(self, name) for name in names} | finite | texts
 
 
 def read_traces(path: Path, split: str = "train") -> list[Trace]:
@@ -125,30 +140,38 @@ def read_traces(path: Path, split: str = "train") -> list[Trace]:
     """
     traces: list[Trace] = []
     for file in trace_files(path):
-        rows = list(_rows(file))
-        form = _form(rows[0]) if rows else ""
-        if rows and form not in FORMS:
-            forms = "rollouts of TRL, verl, verifiers, prime-rl, NeMo-Gym or quartet, or `prompt` and `completion`"
-            raise ValueError(f"{file}: its columns are {', '.join(rows[0])[:200]}; expected {forms}")
+        new = traces_of(file, list(_rows(file)))
         failures = file.with_name(f"{file.stem}_failures.jsonl")  # NeMo-Gym's, beside the rollouts
-        failed = Counter(str(row.get("_ng_task_index")) for row in _rows(failures)) if failures.is_file() else Counter()
-        for number, row in enumerate(rows, start=1):
-            try:
-                new = [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
-            except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-                raise ValueError(f"{file}, row {number}: no row of {form}: {type(error).__name__}: {error}") from error
-            traces += [replace(trace, missing=failed[str(trace.group)]) for trace in new] if failed else new
-    started = 0
+        if failures.is_file():
+            failed = Counter(str(row.get("_ng_task_index")) for row in _rows(failures))
+            new = [replace(trace, missing=failed[str(trace.group)]) for trace in new]
+        traces += new
     for trace in traces:
         trace.split = split if split != "train" else trace.split
-        if trace.form == "quartet":  # a group begins with its sample 0; a prompt may be drawn twice in a step
-            started += trace.sample == 0
-            trace.group = f"{trace.group}/{started}"
     if not traces:
         raise ValueError(f"{path}: there are no rollouts: what is there is empty")
     for _, of_file in groupby(traces, key=lambda trace: trace.file):
         _leave_out_logged(list(of_file))
     return _without_repeats(traces)
+
+
+def traces_of(file: Path, rows: Sequence[dict[str, Any]]) -> list[Trace]:
+    """The rollouts in the rows of a file. Raises ValueError for a form that is not known, and for a row of another."""
+    form = _form(rows[0]) if rows else ""
+    if rows and form not in FORMS:
+        forms = "rollouts of TRL, verl, verifiers, prime-rl, NeMo-Gym or quartet, or `prompt` and `completion`"
+        raise ValueError(f"{file}: its columns are {', '.join(rows[0])[:200]}; expected {forms}")
+    traces: list[Trace] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            traces += [_trace(str(file), number, form, fields) for fields in FORMS[form](row)]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{file}, row {number}: no row of {form}: {type(error).__name__}: {error}") from error
+    started = 0
+    for trace in traces if form == "quartet" else ():
+        started += trace.sample == 0  # a group begins with its sample 0; a prompt may be drawn twice in a step
+        trace.group = f"{trace.group}/{started}"
+    return traces
 
 
 def recorded_means(path: Path) -> dict[str, float]:

@@ -9,7 +9,9 @@ r"""Mathematical equivalence by math-verify (optional extra `math`): `1/2`, `0.5
 | `(2, 5]`, `x^2 + 1`, `\dfrac{1}{2}`   | all of it: an expression without delimiters                             |
 | other text                            | math-verify's choice: after `final answer is`, in `\boxed{}`, the last  |
 
-A unit may follow an expression. The text before the last `</think>` is read only if there is no answer after it.
+A unit may follow an expression; `18 m^2` has one, and `18m^2` is a polynomial. Of several `\boxed{}` the last one
+counts, or a list of them: `\boxed{1} and \boxed{3}`. The text before the last `</think>` is read only if there is no
+answer after it.
 
 Numbers and signs are first written in one way: see `rewards.built_in.notation`. Floats are compared to 6 places after
 the point, or to 6 digits if they are small.
@@ -18,7 +20,9 @@ A completion can name the right expression without answering with it: `not $42$`
 `41 = 42`, `42_5`. Such a completion scores 0.0.
 
 It also scores 0.0 if it has another date, clock time, base, unit or bound than the gold answer: `4:10` for `12:30`,
-`101` for `101_2`, `10 cm` for `10 m`, `at least 5` for `5`. Letters next to a number are variables: `3t` is not 3.
+`101` for `101_2`, `10 cm` for `10 m`, `at least 5` for `5`. Letters next to a number are variables: `3t` is not 3, nor
+is `X^2` `x^2`. The pair `(1, 2)` is not the set `\{1, 2\}`; `1, 2` may be either. `3:10` is the fraction 3/10 if the
+gold answer is one. A gold answer `3:10` may be a clock time, so only `3:10` equals it.
 
 math-verify's own time limits use SIGALRM, which works only in a main thread and elsewhere made graders silently score
 0. They are off here, since the scorer's workers have a time limit. A text such as `10**10**10` exceeds it, which is a
@@ -37,7 +41,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from rewards.built_in.notation import in_latex, is_words, readable
+from rewards.built_in.notation import in_latex, is_word_of_two, is_words, readable
 from rewards.built_in.quantity import bound_around, has_clock, has_date, is_clock, is_date, unit_after
 from rewards.protocol import Completions, RewardError, right_at, text_of
 
@@ -51,7 +55,11 @@ except ImportError as error:
 # perhaps with a unit, and plain arithmetic, which it reads better without.
 _NUMBER = r"[-+]?(?:\d{1,3}(?:[, ]\d{3})+|\d+)?(?:\.\d+)?(?<=[\d])(?: ?%)?"
 _UNIT = r"(?: (?!pi\b|sqrt\b)[A-Za-z]{2,}|(?!sqrt)[A-Za-z]{4,})(?: [A-Za-z]{2,})*"
-_UNIT_BEHIND = re.compile(r"(?<=[\d}π]) +(?!(?:or|and|is|was)\b)[A-Za-z]{2,}(?:\^\{?[23]\}?)?(?:[ /][A-Za-z]+)*\Z")
+_AREA = r"m(?:\^\{?[23]\}?|[²³])"  # 18 m^2; a polynomial has no blank: 18m^2
+_UNIT_BEHIND = re.compile(
+    r"(?<=[\d}π]) +(?:(?!(?:or|and|is|was)\b)[A-Za-z]{2,}(?:\^\{?[23]\}?)?(?:[ /][A-Za-z]+)*" rf"|{_AREA})\Z"
+)
+_AREA_BEHIND = re.compile(rf"(?<=\d) +{_AREA}\Z")
 _RATE = re.compile(r"(?<=\d) [A-Za-z]+(?:/| per )[A-Za-z]+\Z")
 _AND = re.compile(r"(?<=[\d})])(?:,? (?:and|or) |,? \\text\{ ?(?:and|or) ?\})(?=[-\d\\(]|[a-z] ?=)")
 _AS_IT_IS = re.compile(rf"{_NUMBER}(?:{_UNIT})?|(?!.*\d\s+\d)[\d.\s+\-*/^()]+")
@@ -83,6 +91,13 @@ _WIDEST = 200  # characters before and after a number, among which its expressio
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _UNFINISHED = re.compile(r"\d\.\d+\.\d|\d\s*[~|]\s*\d|[-+*/^=<>]\Z")
 _ENDLESS = re.compile(r"\d{4}\s*!|!!|\^\{?\d{5}|\^[{(]*\w+[)}]*\^")  # what sympy may compute for minutes
+
+# Boxes with nothing else between them are one list, as math-verify reads them: \boxed{1} and \boxed{3}.
+_BOX = r"\boxed{"
+_LISTED = re.compile(r"(?:[\s,;$&]|\\[,;:! ()\[\]]|\\q?quad|and|or|\\text\{\s*(?:and|or)?\s*\})*")
+_BRACE = re.compile(r"(?<!\\)[{}]")
+_SYMBOL_AND_EQUALS = re.compile(r"\A\s*[A-Za-z]\s*=")
+_NO_VARIABLE = re.compile(r"\\[A-Za-z]+(?:\s*\{[A-Za-z\s()]*\})?|[A-Za-z]{3,}")  # commands, with words, and words
 
 # A bound or a negation before the answer; a number in another base; and words before or after an answer that deny it.
 _BOUND_FIRST = re.compile(r"\A\s*(?:\\(?:neg|lnot|not|neq?|leq?|geq?|lt|gt)(?![A-Za-z])|[<>≠≤≥¬])")
@@ -132,7 +147,7 @@ def _gold_text(answer: str | int | float) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _gold(expression: str) -> list:
-    parsed = _parsed(_AND.sub(", ", _RATE.sub("", expression)))
+    parsed = _parsed(_AND.sub(", ", _AREA_BEHIND.sub("", _RATE.sub("", expression))))
     if not parsed:
         raise ValueError(f"math-verify cannot read the gold answer {expression[-60:]!r}")
     return parsed
@@ -158,6 +173,7 @@ def _answer(text: str, takes_words: bool) -> list:
 
 def _of_prose(text: str) -> list:
     """math-verify's choice. Without delimiters it takes a number out of the middle of an expression: 10 of 10π."""
+    text = _last_boxes(text)
     answer = parse(text, parsing_timeout=None)
     if any(mark in text for mark in _DELIMITERS):
         return answer
@@ -171,6 +187,28 @@ def _of_prose(text: str) -> list:
     if not last or _PLAIN_NUMBER.fullmatch(last):
         return answer
     return _parsed_answer(last) if _is_expression(last) else []
+
+
+def _last_boxes(text: str) -> str:
+    r"""The text from its last `\boxed{}` on, and from those before it of which it is the end of a list."""
+    first, start = 0, text.find(_BOX)
+    end = -1
+    while start >= 0:
+        if end < 0 or not _LISTED.fullmatch(text, end, start):
+            first = start
+        end = _end_of_braces(text, start + len(_BOX))
+        start = text.find(_BOX, end)
+    return text[first:] if end >= 0 else text
+
+
+def _end_of_braces(text: str, start: int) -> int:
+    """Return where the braces end that were opened right before `start`; the end of the text if they do not."""
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.end()
+    return len(text)
 
 
 def _last_place(source: str, text: str) -> re.Match[str] | None:
@@ -232,7 +270,44 @@ def _is_another_statement(answer: list, gold: list) -> bool:
         return not all(map(_holds, expression.args if isinstance(expression, And) else [expression]))
     if _BOUND_FIRST.search(source) and not _BOUND_FIRST.search(gold_source):
         return True
+    if _has_other_letters(source, gold_source) or {_brackets(source), _brackets(gold_source)} == {"(", "{"}:
+        return True
     return _base(source) != _base(gold_source) or bool(_BY_ZERO.search(source))
+
+
+def _has_other_letters(source: str, gold_source: str) -> bool:
+    """Whether the letters differ which math-verify does not tell apart: x and X, and those of the words no and on. A
+    letter alone is a choice, in either case."""
+    if is_word_of_two(gold_source) and is_words(source):
+        return source.lower() != gold_source.lower()
+    letters, gold_letters = _variables(source), _variables(gold_source)
+    is_choice = len(gold_source.strip("$().{} ")) == 1
+    return (
+        not is_choice and letters != gold_letters and set(map(str.lower, letters)) == set(map(str.lower, gold_letters))
+    )
+
+
+def _variables(source: str) -> set[str]:
+    rest = _NO_VARIABLE.sub(" ", _SYMBOL_AND_EQUALS.sub("", source))
+    return set(filter(str.isalpha, rest))
+
+
+def _brackets(source: str) -> str:
+    r"""Return the brackets around all of a list: `{` of a set, `(` of a pair or an interval; nothing without them.
+
+    >>> _brackets(r"\{1, 2\}"), _brackets("(1, 2)"), _brackets("(1, 2), (3, 4)"), _brackets("(1)")
+    ('{', '(', '', '')
+    """
+    plain = re.sub(r"\\(?:left|right|[,;:! ])|\s", "", source).replace(r"\{", "{").replace(r"\}", "}").strip("$")
+    depth, has_comma = 0, False
+    for place, character in enumerate(plain):
+        depth += (character in "({[") - (character in ")}]")
+        has_comma |= depth == 1 and character == ","
+        if depth <= 0 and place + 1 < len(plain):
+            return ""
+    if not (has_comma and depth == 0):
+        return ""
+    return "{" if plain[0] == "{" else "("
 
 
 def _base(source: str) -> str:

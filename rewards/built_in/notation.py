@@ -19,6 +19,8 @@ _CHARACTERS |= {ord("½"): " 1/2", ord("⅓"): " 1/3", ord("⅔"): " 2/3", ord("
 
 _REWRITES = [
     (re.compile(r"\{,\}"), ","),  # 1{,}000
+    (re.compile(r"≈"), r"\\approx "),
+    (re.compile(r"(?:^|(?<=[a-z:] ))~(?=\d)", re.MULTILINE), r"\\approx "),  # about 18; in LaTeX a ~ is a blank
     (re.compile(r"(?<=\d) percent\b"), "%"),
     (re.compile(r"(?<=\d),\\!\s?(?=\d)"), ""),  # 56,\!01,\!78 (Indian groups)
     (re.compile(r"\\!\s?"), ""),  # 11,\! 111
@@ -93,7 +95,7 @@ def in_latex(expression: str) -> str:
     ('2\\sqrt{3}', '\\text{even}', '5')
     """
     expression = expression.translate(str.maketrans(_SYMBOLS))
-    if is_words(expression) and len(expression) > 2:  # xy is a product
+    if is_words(expression) and (len(expression) > 2 or is_word_of_two(expression)):
         return rf"\text{{{expression}}}"
     for pattern, replacement in _LATEX:
         expression = pattern.sub(replacement, expression)
@@ -102,6 +104,11 @@ def in_latex(expression: str) -> str:
 
 def is_words(text: str) -> bool:
     return text.replace(" ", "").isalpha()
+
+
+def is_word_of_two(text: str) -> bool:
+    """Whether two letters are a word, such as no, on or so, and no product, such as xy: no variable is called o."""
+    return len(text) == 2 and text.isalpha() and "o" in text.lower()
 
 
 def _with_subscript(match: re.Match[str]) -> str:

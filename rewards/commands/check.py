@@ -14,6 +14,7 @@ from typing import Any
 from rewards.commands.options import RewardTestConfig, TriedScoringOptions
 from rewards.commands.probes import BARE, KINDS, Probe, is_bare, probes
 from rewards.data.examples import Example, load_examples
+from rewards.finding import Report
 from rewards.group_score import RewardFailed, RewardFailure
 from rewards.protocol import RewardError
 from rewards.registry import find_reward
@@ -26,6 +27,13 @@ ROUNDING = 1e-5  # of a model that scores a batch at once
 STRONG = 0.5  # a correlation with length that is worth a look
 STATE = {"global_step": 0, "max_steps": 1, "epoch": 0.0}
 
+# What a kind of completion is called that is not scored as expected, by what is expected.
+FOUND = {
+    "full": ("gold-refused", "miss full marks"),
+    "less": ("wrong-accepted", "get full marks"),
+    "same": ("form-refused", "score not as it does"),
+    "odd": ("odd-accepted", "get full marks"),
+}
 Scores = list[list[float | None]]  # [row][probe]
 
 
@@ -42,23 +50,37 @@ class KindResult:
     abstained: int
     unexpected: int
 
+    def as_row(self, due: str) -> dict[str, Any]:
+        """The row of the table; `due` is what was expected."""
+        low, high = ("-" if mark is None else f"{mark:.3f}" for mark in (self.low, self.high))
+        return {
+            "completion": KINDS[self.kind].meaning,
+            "mean": self.mean,
+            "range": low if low == high else f"{low}..{high}",
+            "full": f"{self.full}/{self.count}",
+            "due": f"{due}, {self.unexpected} not" if self.unexpected else due,
+        }
+
 
 @dataclass(frozen=True)
-class Surprise:
-    """The score of a completion is unexpected. A `fault` fails the test; the others are worth a look."""
+class Case:
+    """A completion that was tried, with its score."""
 
-    prompt_id: str
+    place: str  # the id of its row
     prompt: str
     kind: str
     score: float | None
     expected: str
     completion: str
-    fault: bool
+
+    def as_row(self) -> dict[str, Any]:
+        names = ("kind", "score", "expected", "prompt", "completion")
+        return {name: getattr(self, name) for name in names}
 
 
-@dataclass
-class RewardCheck:
-    """What `check_reward` found. `problems` fail the test, `notes` do not.
+@dataclass(kw_only=True)
+class RewardCheck(Report):
+    """What `check_reward` found.
 
     `differing`: completions that scored differently when scored again, in this process, in another order, or alone (a
     part of them is scored so). `latency_ms`: a gold solution alone, isolation included. `length_correlation`: Pearson's
@@ -80,10 +102,29 @@ class RewardCheck:
     length_correlation: dict[str, float | None] = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    surprises: list[Surprise] = field(default_factory=list)
     no_accuracy: str | None = None  # why an evaluation with it reports none
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+
+    def tell(self) -> None:
+        """Says what was measured, in facts and a table."""
+        due = {"full": "full", "less": "less", "same": "as gold", "odd": "less"}
+        if self.shaping:
+            due = dict.fromkeys(due, "any")
+        rows = [kind.as_row(due[KINDS[kind.kind].expected]) for kind in self.kinds if kind.count]
+        self.tables = {"what completions score": rows}
+        one = ", ".join(f"{name} {value:.2f}" for name, value in self.latency_ms.items())
+        self.facts = {
+            "determinism": ", ".join(
+                f"{name}: {f'{count} differ' if count else 'the same'}" for name, count in self.differing.items()
+            ),
+            "latency": f"one completion, ms: {one}; in batches {self.completions_per_second:,.0f} a second",
+            "correlation with length": ", ".join(
+                f"{name}: {'the score is constant' if r is None else f'{r:+.2f}'}"
+                for name, r in self.length_correlation.items()
+            ),
+            "evaluation": self.no_accuracy or "its marks say right or wrong: accuracy is reported",
+        }
+        if self.logged:
+            self.facts["logged in all"] = ", ".join(f"{name} {total:,.10g}" for name, total in self.logged.items())
 
 
 def check_reward(function: str, config: RewardTestConfig) -> RewardCheck:
@@ -105,7 +146,16 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
         verdicts = Verdicts(spec.label, scorer.right_at(spec.label), trial.dry_run(scorer))
         max_score = verdicts.max_score if config.max_score is None else config.max_score
         sha256 = scorer.describe()[0]["sha256"]
-        trial.check = check = RewardCheck(function, sha256, data.name, len(examples), max_score, shaping)
+        trial.check = check = RewardCheck(
+            f"reward {function}{f', SHA-256 {sha256[:12]}' if sha256 else ''}, on {len(examples)} rows of {data.name}; "
+            f"full marks: {max_score:g}",
+            function=function,
+            sha256=sha256,
+            data=data.name,
+            rows=len(examples),
+            max_score=max_score,
+            shaping=shaping,
+        )
         started = time.perf_counter()
         trial.scores = trial.score(scorer)
         check.completions_per_second = sum(map(len, trial.scores)) / (time.perf_counter() - started)
@@ -124,9 +174,10 @@ def try_reward(function: str, config: RewardTestConfig) -> Trial:
             verdicts.see(row)
         check.no_accuracy = verdicts.note
         if scorer.asks_for("completion_ids"):
-            check.notes.append("completion_ids were made up: the bytes of the text, one token each")
+            check.add("ids-made-up", "completion_ids were made up: the bytes of the text, one token each")
     trial.judge()
     trial.weigh()
+    check.tell()
     return trial
 
 
@@ -203,14 +254,18 @@ class Trial:
         self.check.differing[name] = len(places)
         if places:
             i, j = places[0]
-            example, probe = self.examples[i], self.probes[i][j]
-            self.check.problems.append(
+            kind = KINDS[self.probes[i][j].kind].meaning
+            self.check.add(
+                "nondeterministic",
                 f"{len(places)} completions score differently {name}: first on row {i + 1} "
-                f"({example.example_id}), {KINDS[probe.kind].meaning}: "
-                f"{_words(self.scores[i][j])}, then {_words(others[i, j])}; "
-                f"prompt {example.question[:80]!r}, completion {probe.text[:80]!r}"
+                f"({self.examples[i].example_id}), {kind}: {_words(self.scores[i][j])}, then {_words(others[i, j])}",
+                [self.case(i, j, _words(others[i, j])) for i, j in places],
             )
         return bool(places)
+
+    def case(self, i: int, j: int, expected: str) -> Case:
+        example, probe = self.examples[i], self.probes[i][j]
+        return Case(example.example_id, example.question, probe.kind, self.scores[i][j], expected, probe.text)
 
     def score_alone(self, scorer: Scorer) -> None:
         """Completions in calls of their own tell how long a gold solution takes, and whether the batch changes a
@@ -243,29 +298,19 @@ class Trial:
             full = sum(reaches(value, check.max_score) for value in values)
             abstained = len(places) - len(values)
             check.kinds.append(KindResult(kind, len(places), mean, low, high, full, abstained, len(unexpected)))
-            fault = expected in ("full", "less")
-            for i, j in unexpected:
-                example, text = self.examples[i], self.probes[i][j].text
-                surprise = Surprise(
-                    example.example_id, example.question, kind, self.scores[i][j], due[expected], text, fault
-                )
-                check.surprises.append(surprise)
             if unexpected:
-                what = {"full": "miss full marks", "same": "score not as it does"}.get(expected, "get full marks")
-                messages = check.problems if fault else check.notes
-                messages.append(f"{meaning}: {len(unexpected)} of {len(places)} {what}")
+                name, what = FOUND[expected]
+                cases = [self.case(i, j, due[expected]) for i, j in unexpected]
+                check.add(name, f"{meaning}: {len(unexpected)} of {len(places)} {what}", cases)
         golds = [row[0].text for row in self.probes]
         if check.kinds[0].unexpected == len(golds) and all(map(is_bare, golds)):
-            check.notes.append(
-                f"gold solutions are bare answers such as {golds[0]!r}; if a completion has a form around its answer, "
-                "give that: --template '<answer>{answer}</answer>'"
-            )
+            check.add("bare-answers", f"gold solutions are bare answers such as {golds[0]!r}")
         if abstained := sum(kind.abstained for kind in check.kinds) - len(check.failures):
-            check.notes.append(f"{abstained} completions got no score: the function abstained")
+            check.add("abstains", f"{abstained} completions got no score: the function abstained")
         if check.failures:
-            check.problems.append(f"{len(check.failures)} completions failed; the first: {check.failures[0]}")
+            check.add("reward-fails", f"{len(check.failures)} completions failed; the first: {check.failures[0]}")
         if not check.shaping and not any(probe.kind in ("wrong", "other") for row in self.probes for probe in row):
-            check.notes.append("no wrong completion could be made: no gold answer has a digit, and all say the same")
+            check.add("nothing-wrong", "no wrong completion could be made: all gold answers say the same")
 
     def _is_unexpected(self, expected: str, i: int, j: int) -> bool:
         score = self.scores[i][j]
@@ -288,13 +333,11 @@ class Trial:
             check.length_correlation[name] = r
             if r is not None and abs(r) >= STRONG:
                 more = "more" if r > 0 else "less"
-                check.notes.append(f"longer completions score {more}: r = {r:+.2f} with length ({name})")
+                check.add("length-scored", f"longer completions score {more}: r = {r:+.2f} with length ({name})")
         seconds = BATCH / check.completions_per_second
         if seconds > self.scoring.timeout_s / 2:
-            check.notes.append(
-                f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {self.scoring.timeout_s:g} s that "
-                "reward.timeout_s allows; raise it for training"
-            )
+            limit = f"{self.scoring.timeout_s:g} s that reward.timeout_s allows"
+            check.add("slow-reward", f"a batch of {BATCH} completions takes about {seconds:.1f} s of the {limit}")
 
 
 def by_place(scores: Scores) -> dict[tuple[int, int], float | None]:

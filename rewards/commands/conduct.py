@@ -15,6 +15,7 @@ from rewards.spec import Group, RewardFunction
 
 HABITS = ("hash_seed", "changes", "prints", "leaks")
 ROWS = 8  # whose completions the function is watched on
+OF_HABIT = {"fails": "reward-fails", "changes": "arguments-changed", "prints": "prints", "leaks": "memory-leak"}
 LEAK = 2048  # bytes that are kept of every call, above which a function leaks
 WATCHED = "rewards.isolation.watched:WatchedReward"
 HASH_SEEDS = {"1": WATCHED, "2": "reward"}  # in place of 0, which workers have, and what runs with it
@@ -32,7 +33,9 @@ def check_conduct(function: str, config: RewardTestConfig, allowed: Collection[s
         scores = _watch(trial, seed, problems)
         if not differs and "fails" not in problems and "hash_seed" not in allowed:
             differs = trial.compare(f"with PYTHONHASHSEED={seed}", scores, ROUNDING)
-    trial.check.problems += [problem for habit, problem in problems.items() if habit not in allowed]
+    for habit, what in problems.items():
+        if habit not in allowed:
+            trial.check.add(OF_HABIT[habit], what)
     return trial.check
 
 

@@ -44,7 +44,7 @@ class Rollouts:
     def _line(self, trace: Trace, place: int) -> dict[str, Any]:
         return {
             "prompt": trace.prompt,
-            "prompt_id": trace.group or trace.place,
+            "prompt_id": trace.group or trace.key,
             "sample": place if trace.sample is None else trace.sample,
             "text": trace.completion,
             "token_ids": trace.token_ids,

@@ -14,19 +14,22 @@ from rewards.config.json_file import expecting
 from rewards.config.names import recorded_options, sources_of
 from rewards.data.examples import load_examples
 from rewards.episode import AGENT_REWARD, REWARD, ToolStats, answer_of, environment_reward
+from rewards.finding import Report
 from rewards.group_score import RewardFailure, mean
+from rewards.kinds import NOTE
 from rewards.protocol import did_you_mean
 from rewards.records import read_rollouts, recorded_steps, split_groups
 from rewards.registry import MODEL, find_reward
 from rewards.scorer import RewardSpec, Scorer
 from rewards.ties import ABSOLUTE, RELATIVE, tied
 
+CHANGES = 8  # of which the table shows the largest
 SCORE = "score"  # the weighted sum, not one reward's value
 
 
 @dataclass(frozen=True)
 class Change:
-    """The value of one completion is not what was recorded."""
+    """The value of one completion is not what was recorded: a case of a finding."""
 
     step: int
     prompt_id: str
@@ -34,6 +37,13 @@ class Change:
     before: float | None
     after: float | None
     completion: str
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step}, {self.prompt_id}, sample {self.sample}"
+
+    def as_row(self) -> dict[str, Any]:
+        return {"recorded": self.before, "now": self.after, "completion": self.completion}
 
     @property
     def size(self) -> float:
@@ -54,9 +64,21 @@ class StepChange:
     tied_after: int
     groups: int
 
+    def as_row(self) -> dict[str, Any]:
+        difference = None if self.before is None or self.after is None else f"{self.after - self.before:+.3f}"
+        return {
+            "step": self.step,
+            "completions": self.completions,
+            "recorded": self.before,
+            "now": self.after,
+            "difference": difference,
+            "changed": f"{self.changed / self.completions:.0%}",
+            "zero-variance groups": f"{self.tied_before}, now {self.tied_after} of {self.groups}",
+        }
 
-@dataclass
-class Replay:
+
+@dataclass(kw_only=True)
+class Replay(Report):
     """A run was scored again; `changes` are sorted, the largest first."""
 
     run: str
@@ -65,6 +87,20 @@ class Replay:
     steps: list[StepChange] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     failures: list[RewardFailure] = field(default_factory=list)
+
+    def tell(self) -> None:
+        """Says what changed, as findings and tables."""
+        self.tables = {"by step": [step.as_row() for step in self.steps]}
+        texts = {(change.completion, change.before, change.after): change for change in reversed(self.changes)}
+        most = list(reversed(texts.values()))[:CHANGES]
+        self.tables["changed most"] = [{"place": change.place} | change.as_row() for change in most]
+        completions = sum(step.completions for step in self.steps)
+        if self.changes:
+            what = f"{len(self.changes)} of {completions} completions score differently"
+            self.add("scored-otherwise", what, self.changes, severity=NOTE, cause="", change="")
+        if self.failures:
+            self.add("reward-fails", f"{len(self.failures)} of {completions} completions failed: {self.failures[0]}")
+        self.facts = {"scored": f"{completions} completions of {len(self.steps)} steps"}
 
 
 def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
@@ -80,7 +116,8 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
         raise ValueError(f"steps={config.steps}: {run} has no step {missing[0]}; its steps are {ends}")
     steps = record.steps if config.steps is None else sorted(set(config.steps))
     against = _against(config.against, spec.label, list(record.groups(steps[0])[0][0]["parts"]), record.has_score)
-    result = Replay(str(run), function, against)
+    title = f"{run}: {function} against the recorded {against}"
+    result = Replay(title, run=str(run), function=function, against=against)
     with Scorer(
         [spec],
         on_error=config.reward.on_error,
@@ -119,6 +156,7 @@ def replay(run: Path, function: str, config: ReplayConfig) -> Replay:
             result.changes += changes
             result.failures += [failure for score in scores for failure in score.errors]
     result.changes.sort(key=lambda change: -change.size)
+    result.tell()
     return result
 
 

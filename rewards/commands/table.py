@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rewards.commands.command_line import EXIT_ERROR, Command, argument, json_argument, write
+from rewards.commands.command_line import Command, argument, json_argument
 from rewards.registry import CHAT, FORMS
 
 _FUNCTION: dict[str, Any] = {
@@ -76,25 +75,17 @@ def commands() -> dict[str, Command]:
 def _test(args: argparse.Namespace) -> int:
     config = options_of(args)
     from rewards.commands.check import check_reward
-    from rewards.commands.report import show_check
-    from rewards.console import Terminal
+    from rewards.commands.printer import publish
 
-    check = check_reward(_function(args), config)
-    show_check(check, Terminal())
-    write(args.json, asdict(check))
-    return EXIT_ERROR if check.problems else 0
+    return publish(check_reward(_function(args), config), args)
 
 
 def _replay(args: argparse.Namespace) -> int:
     config = options_of(args)
+    from rewards.commands.printer import publish
     from rewards.commands.replay import replay
-    from rewards.commands.report import show_replay
-    from rewards.console import Terminal
 
-    result = replay(args.run, _function(args), config)
-    show_replay(result, Terminal())
-    write(args.json, asdict(result))
-    return EXIT_ERROR if result.failures else 0
+    return publish(replay(args.run, _function(args), config), args)
 
 
 def _function(args: argparse.Namespace) -> str:
@@ -103,17 +94,10 @@ def _function(args: argparse.Namespace) -> str:
 
 def _audit(args: argparse.Namespace) -> int:
     config = options_of(args)
-    from rewards.audit.audit import audit, show
-    from rewards.audit.page import page
-    from rewards.console import Terminal
+    from rewards.audit.audit import audit
+    from rewards.commands.printer import publish
 
-    result = audit(args.traces, config, args.functions or (), args.evaluation, args.tokenizer)
-    show(result, Terminal())
-    write(args.json, result.as_json())
-    if args.html is not None:
-        args.html.write_text(page(result), encoding="utf-8", errors="backslashreplace")
-        print(f"written to {args.html}")
-    return EXIT_ERROR if result.findings else 0
+    return publish(audit(args.traces, config, args.functions or (), args.evaluation, args.tokenizer), args)
 
 
 def options_of(args: argparse.Namespace) -> Any:

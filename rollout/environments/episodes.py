@@ -93,7 +93,7 @@ class Episodes:
             except ValueError as error:
                 wrong[number] = f"prompt {prompt.prompt_id!r}: {error}"
                 continue
-            for sample in range(self.params.group_size):
+            for sample in range(prompt.first_sample, prompt.first_sample + self.params.group_size):
                 request = {
                     "episode": f"{self.params.step}/{self.params.draw}/{prompt.prompt_id}/{sample}",
                     "environment": environment,

@@ -43,7 +43,8 @@ class Row:
 
     def request(self, params: SamplingParams) -> list[Any]:
         """Gives what is sampled next: its token ids, its seed, and the most tokens."""
-        seed = seed_of(params, self.prompt.prompt_id, self.sample, len(self.ids))
+        sample = self.prompt.first_sample + self.sample
+        seed = seed_of(params, self.prompt.prompt_id, sample, params.start + len(self.ids))
         return [[*self.prompt.token_ids, *self.ids], seed, params.max_completion_tokens - len(self.ids)]
 
     def add(self, turn: Mapping[str, Any]) -> None:

@@ -83,18 +83,18 @@ def broken(policy: Path, folder: Path, unseen: bool = False) -> dict[str, dict[s
         shifted = [next(word for word in row["question"].split() if word.isdigit()) for row in problems]
     wrong_answers = _file(folder, "wrong", [p | {"answer": a} for p, a in zip(problems, shifted, strict=True)])
     return {
-        "rate_high": {"learner.learning_rate": rate * (50 if unseen else 100)},
-        "rate_low": {"learner.learning_rate": rate / (200 if unseen else 100)},
-        "reward_constant": {"rewards": [_own("nothing" if unseen else "same")]},
-        "sign_flipped": {"rewards": [_own("negative" if unseen else "flipped")]},
-        "answer_column": {"data.name": str(wrong_answers)},
+        "rate-high": {"learner.learning_rate": rate * (50 if unseen else 100)},
+        "rate-low": {"learner.learning_rate": rate / (200 if unseen else 100)},
+        "reward-constant": {"rewards": [_own("nothing" if unseen else "same")]},
+        "sign-flipped": {"rewards": [_own("negative" if unseen else "flipped")]},
+        "answer-column": {"data.name": str(wrong_answers)},
         "template": {"data.template": "Question: {question} Answer:" if unseen else "{question} = "},
-        "stop_token": {"model": str(_without_stop(policy, folder))},
+        "stop-token": {"model": str(_without_stop(policy, folder))},
         "temperature": {"rollout.temperature": 1e-3 if unseen else 1e-6},
-        "group_size": {"rollout.group_size": 2, "prompts_per_step": 16 if unseen else 32},
-        "hacked": {"rewards": [_own("brief" if unseen else "effort")]},
-        "all_solved": {"data.name": str(folder / "solved.jsonl")},
-        "none_solved": {"data.task_options.levels": [3, 4] if unseen else [4]},
+        "small-groups": {"rollout.group_size": 2, "prompts_per_step": 16 if unseen else 32},
+        "length-rewarded": {"rewards": [_own("brief" if unseen else "effort")]},
+        "all-solved": {"data.name": str(folder / "solved.jsonl")},
+        "none-solved": {"data.task_options.levels": [3, 4] if unseen else [4]},
     }
 
 
@@ -116,9 +116,11 @@ def make(name: str, policy: Path, folder: Path, overrides: Mapping[str, Any], se
     from rewards.config.options import load
 
     run = folder / name
-    if name == "all_solved":
+    if name == "all-solved":
         _solved(folder)
     options = {"model": str(policy), "output_dir": str(run), "seed": seed} | BASE | dict(overrides)
+    if "data.name" in overrides:
+        del options["data.task_options.levels"]  # a file has none
     train(load(TrainConfig, None, options))
     return run
 
@@ -142,7 +144,7 @@ def _without_stop(policy: Path, folder: Path) -> Path:
 
 def _solved(folder: Path) -> None:
     """The problems that the policy always solved in the run whose rate is too low to change it."""
-    run = folder / "rate_low"
+    run = folder / "rate-low"
     groups = [group for step in recorded_steps(run) for group in split_groups(read_rollouts(run, step))]
     sure = [group[0] for group in groups if all(line["reward"] == 1 for line in group)]
     rows = [{"question": line["prompt"].strip(), "answer": line["text"].split("####")[-1].strip()} for line in sure]

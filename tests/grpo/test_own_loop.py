@@ -149,6 +149,9 @@ WRONG = {
     "scores: 3 for 4 groups": lambda groups, given: given.update(scores=given["scores"][:-1]),
     "group 1: 5 rewards for 4 completions": lambda groups, given: given["scores"][1].rewards.append(0.0),
     "group 1, sample 2: its reward is nan": lambda groups, given: put(given["scores"][1].rewards, 2, math.nan),
+    r"group 1, sample 2: its reward is 1e\+300; give a number between": lambda groups, given: put(
+        given["scores"][1].rewards, 2, 1e300
+    ),
     "advantages: 3 for 4 groups": lambda groups, given: given.update(advantages=[[0.0] * 4] * 3),
     "group 0: 3 advantages for 4 completions": lambda groups, given: given.update(advantages=[[0.0] * 3] * 4),
     "group 0, sample 0: an advantage is": lambda groups, given: given.update(advantages=torch.full((4, 4), math.inf)),

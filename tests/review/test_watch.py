@@ -143,7 +143,7 @@ def test_the_learners_log_probabilities_are_those_of_the_model(tmp_path: Path) -
 
 
 def test_every_instrument_reads_the_folder(run: Path, tmp_path: Path) -> None:
-    assert {finding["kind"] for finding in diagnose(Record(run))} <= {"clipped"}  # no completion of noise ends
+    assert {finding.kind for finding in diagnose(Record(run))} <= {"clipped"}  # no completion of noise ends
     assert report(run, tmp_path / "report.html", None).stat().st_size > 10_000
     assert compare([run], [], []) is not None
     assert [finding.kind for finding in audit(run, AuditConfig()).findings] == []

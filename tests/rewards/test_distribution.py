@@ -31,7 +31,8 @@ def test_the_recipe_of_ci_passes_and_fails_with_a_reward_that_is_hacked(environm
     file.write_text(file.read_text().replace(" and said(text) == said(gold)", ""))
     test, fixture = (run(line, folder, environment) for line in lines[1:])
     assert (test.returncode, fixture.returncode) == (1, 1)
-    assert "problem: gold, last digit raised: 12 of 12 get full marks" in test.stdout
+    assert "gold, last digit raised" in test.stdout
+    assert "2 errors" in test.stdout
     assert "FAILED test_rewards.py::test_exact" in fixture.stdout
     assert "test_brief" not in fixture.stdout
 

@@ -10,7 +10,7 @@ import copy
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -44,6 +43,8 @@ from policies.policy import Policy, checkpoint_layers, read_tokenizer
 from policies.presets import PRESETS, small_tokenizer
 from policies.routing.routers import routers
 from policies.sharding import routed_experts
+from rewards.finding import Finding, Report, found
+from rewards.kinds import ERROR, KINDS, NOTE
 from rollout.backends.stock import CACHES
 from rollout.decoding.engine import Engine
 from rollout.environments.thoughts import dropping
@@ -67,28 +68,7 @@ COMPARED = (
     *("the same twice", "causal", "prefill + decode = whole forward", "prompt in pieces", "rows in one cache"),
     *("batch invariance", "left = right padding", "decode beside padding", "packed = alone"),
 )
-WHAT_TO_DO = {
-    "packed = alone": "do not pack rows (TRL: packing=False, padding_free=False); quartet packs only where it is right",
-    "prefill + decode = whole forward": "sample without this cache (use_cache=False), and report it to transformers",
-    "the same twice": "mend its forward first: it drops or adds noise without training, or keeps what it read before",
-    "causal": "a token sees what comes after it: no trainer can use this; set is_decoder or causal in config.json, and "
-    "let no router drop or weigh a token by the others of its batch",
-    "prompt in pieces": "read a prompt at once (no prefill_chunk_size, no assistant, no cache of an earlier turn)",
-    "rows in one cache": "decode a row at a time, without beams, and report it; quartet reads its own cache otherwise",
-    "decode beside padding": "sample prompts of one length together; quartet pads only where it is right",
-    "left = right padding": "read rows of one length together (per_device_train_batch_size=1), or pad the other side",
-    "batch invariance": "rows read each other's states: sample and learn one row at a time, and report it",
-    "short time steps": "set time_step_min in config.json to 1e-9: a prompt is clamped by it, a decoded token is not",
-    "windows": "the window in config.json is not applied: keep contexts shorter than it, and report it",
-    "router": "compute the router in float32 (transformers: _keep_in_fp32_modules); break ties by random weights",
-    "router flips": "dtype: float32; elsewhere replay the sampler's experts",
-    "gradient checkpointing": "leave it off (learner.gradient_checkpointing, gradient_checkpointing=False)",
-    "LM head": "set tie_word_embeddings in config.json to what the weights are",
-    "template": "over several turns keep the ids of what was sampled, as quartet does, and never render again",
-    "round trip": "hand ids, never text, from the sampler to the learner, as quartet does",
-    "stop and pad": "name the token that ends a turn in eos_token_id of generation_config.json, and another pad_token",
-    "LoRA": "name the other modules in lora.targets",
-}
+OTHER_KINDS = {"template": "chat-template", "weights": "weight-files", "quartet's paths": "paths"}
 
 
 @dataclass
@@ -115,8 +95,28 @@ class Row:
             self.wrong.append(column)
 
     @property
-    def advice(self) -> str:
-        return self.note or (WHAT_TO_DO[self.name] if self.wrong else "")
+    def kind(self) -> str:
+        """Its kind in the table of findings, which has other ones of three names.
+
+        >>> Row("packed = alone").kind
+        'packed-alone'
+        """
+        return OTHER_KINDS.get(self.name) or re.sub("[^a-z]+", "-", self.name.lower())
+
+    @property
+    def finding(self) -> Finding | None:
+        """What is wrong, or worth knowing all the same."""
+        if not self.wrong and not self.note:
+            return None
+        columns = self.wrong or list(self.values)
+        what = f"{self.name}: {', '.join(f'{self.cell(column)} in {column}' for column in columns)}"
+        words = {"change": self.note} if self.note else {}
+        return found(self.kind, what, severity=ERROR if self.wrong else NOTE, **words)
+
+    def cell(self, column: str) -> str:
+        value = self.values.get(column, "")
+        text = f"{value:.0e}" if isinstance(value, float) else value
+        return f"{text}  WRONG" if column in self.wrong else text
 
 
 def check(model: str, layers: int = 1) -> list[Row]:
@@ -407,7 +407,7 @@ def _router(model: PreTrainedModel, row: Tensor) -> list[Row]:
         flips.say(TRANSFORMERS, f"{share:.0%} of tokens")
         if share:
             replay = "learner.routing_replay: true, or " if routers(model) else ""  # experts that quartet records
-            flips.note = replay + WHAT_TO_DO["router flips"]
+            flips.note = replay + KINDS["router-flips"].change
     except RuntimeError as error:
         flips.say(TRANSFORMERS, f"no bfloat16: {error}"[:100])
     return [result, flips]
@@ -506,7 +506,7 @@ def reach_of_lora(shape: PretrainedConfig) -> Row:
             share, left = lora.reach(AutoModelForCausalLM.from_config(shape))
         result.say(OURS, f"reaches {share:.0%} of the weights")
         if share < 0.9:
-            result.note = f"{WHAT_TO_DO['LoRA']}: {lora.reach_in_words(share, left)}"
+            result.note = f"{KINDS['lora'].change}: {lora.reach_in_words(share, left)}"
     except Exception as error:  # of transformers or peft, whose models are of many forms
         result.say(OURS, f"{type(error).__name__}: {error}"[:200], wrong=True)
     return result
@@ -524,7 +524,7 @@ def examine_text(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], vocab
     notes = {
         f"an agent learns each turn as a server shows it, without thoughts before {dropped}": dropped,
         "mend chat_template.jinja, or chat_template in tokenizer_config.json": wrong,
-        WHAT_TO_DO["template"]: words in ("loses spaces", "rewrites turns", "drops earlier thoughts", TRIMS),
+        KINDS["chat-template"].change: words in ("loses spaces", "rewrites turns", "drops earlier thoughts", TRIMS),
         "its prompt has the time of now: give date_string in data.chat_template_kwargs": "strftime_now" in text,
         f"encode what it renders with add_special_tokens=False, else {bos!r} comes twice": "bos_token" in text
         and tokenizer.encode("2")[:1] == [tokenizer.bos_token_id],
@@ -593,27 +593,10 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, str, bool
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def table(model: str, rows: Sequence[Row]) -> Table:
+def report(model: str, rows: Sequence[Row]) -> Report:
+    """The rows as a table, and a finding for each that is wrong or has a note."""
     columns = [name for name in (TRANSFORMERS, OURS, TRL) if any(name in row.values for row in rows)]
-    result = Table("", *columns, title=f"{model}, a small model with random weights in float32", title_justify="left")
-    for row in rows:
-        result.add_row(row.name, *(_cell(row, column) for column in columns))
-    return result
-
-
-def _cell(row: Row, column: str) -> str:
-    value = row.values.get(column, "")
-    text = f"{value:.0e}" if isinstance(value, float) else value
-    return f"{text}  WRONG" if column in row.wrong else text
-
-
-def lines(rows: Sequence[Row]) -> list[str]:
-    """Says what to do, row by row."""
-    return [
-        f"{row.name}{': wrong in ' * bool(row.wrong)}{', '.join(row.wrong)}: {row.advice}" for row in rows if row.advice
-    ]
-
-
-def as_json(model: str, rows: Sequence[Row]) -> Mapping[str, Any]:
-    found = [{"name": r.name, "values": r.values, "wrong": r.wrong, "what_to_do": r.advice} for r in rows]
-    return {"model": model, "right": not any(row.wrong for row in rows), "rows": found}
+    table = [{"compared": row.name} | {column: row.cell(column) for column in columns} for row in rows]
+    title = f"{model}, a small model with random weights in float32"
+    findings = [finding for row in rows if (finding := row.finding)]
+    return Report(title, findings, tables={"differences": table})

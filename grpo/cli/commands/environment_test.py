@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import psutil
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 from grpo.cli.config.environment_test import EnvironmentTestConfig
 from grpo.run.metrics import mean_of
 from policies.presets import small_tokenizer
-from rewards.console import visible
 from rewards.data.examples import Example, load_examples
+from rewards.finding import Report
 from rewards.isolation.environments import load_class, load_function
+from rewards.kinds import ERROR, NOTE
 from rewards.protocol import RewardError
 from rollout.environments.episodes import Arena, Episodes
 from rollout.environments.format import BadCall, Turn, TurnFormat
@@ -76,23 +74,18 @@ class Outcome(NamedTuple):
         return None if reward is None or math.isfinite(reward) else f"get_reward gives {reward}"
 
 
-@dataclass
-class EnvironmentCheck:
-    """What `check_environment` found. `problems` fail the test, `notes` do not. `scripts` counts what became of the
-    episodes of each script: calls at which the tool `raised`, calls that were `refused`, why they `ended`.
-    `differing` counts the episodes that went another way when they were played again. `growth_mib` is the process's."""
+@dataclass(kw_only=True)
+class EnvironmentCheck(Report):
+    """What `check_environment` found. `scripts` counts what became of the episodes of each script: calls at which the
+    tool `raised`, calls that were `refused`, why they `ended`. `differing` counts the episodes that went another way
+    when they were played again. `growth_mib` is the process's."""
 
-    environment: str
-    data: str
-    rows: int
     tools: list[str]
     max_score: float = 1.0
     scripts: dict[str, dict[str, Any]] = field(default_factory=dict)
     differing: dict[str, int] = field(default_factory=dict)
     growth_mib: float | None = None
     printed: str = ""
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class ScriptForm(TurnFormat):
@@ -178,7 +171,8 @@ def check_environment(environment: str, config: EnvironmentTestConfig) -> Enviro
     examples = load_examples(data.name, data.split, data, purpose="eval", limit=data.limit)
     tokenizer = small_tokenizer(f"{example.question}\n{example.solution}" for example in examples)
     tools = [tool.__name__ for tool in tools_of(spec, "")]
-    check, printed = EnvironmentCheck(environment, data.name, len(examples), tools), io.StringIO()
+    title = f"environment {environment}, on {len(examples)} rows of {data.name}; tools: {', '.join(tools)}"
+    check, printed = EnvironmentCheck(title, tools=tools), io.StringIO()
     stage = Stage(spec, tokenizer)
     with contextlib.redirect_stderr(printed), contextlib.closing(stage.arena):
         trial = _Trial(check, _plays(spec, stage.form, examples, data.solution_column))
@@ -203,7 +197,7 @@ class _Trial:
             for script, plays in self.plays.items():
                 self.outcomes[script] = stage.play(plays[:rows])
                 if any(outcome.failure for outcome in self.outcomes[script]):
-                    self.check.notes.append("other scripts and rows were left out after this failure")
+                    self.check.facts["left out"] = "other scripts and rows, after a failure"
                     return False
         return True
 
@@ -223,9 +217,8 @@ class _Trial:
             before, after = different[0]
             parts = zip_longest([*before.turns, before.tools], [*after.turns, after.tools], fillvalue="nothing")
             one, other = next((pair for pair in parts if pair[0] != pair[1]), (before.ended, after.ended))
-            self.check.problems.append(
-                f"an episode goes another way {way}: {script}, on {before.example_id}: {one!s:.200}, now {other!s:.200}"
-            )
+            what = f"an episode goes another way {way}: {script}: {one!s:.200}, now {other!s:.200}"
+            self.check.add("nondeterministic", what, before.example_id)
         self.check.differing[way] = self.check.differing.get(way, 0) + len(different)
 
     def play_often(self, stage: Stage) -> None:
@@ -235,8 +228,7 @@ class _Trial:
             played += sum(len(stage.play(plays)) for plays in self.plays.values())
         self.check.growth_mib = stage.memory_mib() - before
         if self.check.growth_mib > GROWTH_MIB:
-            grown = f"its process grew by {self.check.growth_mib:,.0f} MiB in {played} episodes"
-            self.check.problems.append(f"{grown}: something is kept of episodes that have ended")
+            self.check.add("memory-leak", f"its process grew by {self.check.growth_mib:,.0f} MiB in {played} episodes")
 
     def judge(self, max_score: float | None) -> None:
         """Compares what each kind of script got with what it should get."""
@@ -247,43 +239,39 @@ class _Trial:
         full = {script: sum((reward or 0.0) >= check.max_score for reward in all_) for script, all_ in rewards.items()}
         for script, outcomes in self.outcomes.items():
             check.scripts[script] = _counts(outcomes) | {"full": full[script]}
+            of_all = f"of {len(outcomes)} episodes"
             if failed := [outcome for outcome in outcomes if outcome.failure]:
-                where = f"{len(failed)} of {len(outcomes)} episodes fail, first on {failed[0].example_id}"
-                check.problems.append(f"{script}: {where}: {failed[0].failure}")
+                what = f"{script}: {len(failed)} {of_all} fail: {failed[0].failure}"
+                check.add("environment-fails", what, [outcome.example_id for outcome in failed])
             if full[script] and script not in (GOLD, AFTER_BAD_CALLS):
-                messages = check.problems if script in (EMPTY, BAD) else check.notes
-                messages.append(f"{script}: {full[script]} of {len(outcomes)} episodes get full marks")
+                kind = "wrong-accepted" if script in (EMPTY, BAD) else "odd-accepted"
+                check.add(kind, f"{script}: {full[script]} {of_all} get full marks")
         if not gold:
-            check.notes.append(
-                "nothing shows that full marks can be had: the class has no static method _demonstration(**columns), "
-                "and the solution column has no marks such as <<48/2=24>>"
-            )
+            check.add("not-shown", "the class has no _demonstration, and solutions have no marks such as <<48/2=24>>")
         elif all(reward is None for reward in gold):
-            check.notes.append("get_reward gives no number: try what judges the answers with quartet reward test")
+            check.add("no-reward", "get_reward gives no number")
         elif full[GOLD] < len(gold):
-            messages = check.notes if full[GOLD] else check.problems
-            messages.append(f"{GOLD}: {len(gold) - full[GOLD]} of {len(gold)} episodes miss full marks")
+            what = f"{GOLD}: {len(gold) - full[GOLD]} of {len(gold)} episodes miss full marks"
+            check.add("gold-refused", what, severity=NOTE if full[GOLD] else ERROR)
         if rewards.get(AFTER_BAD_CALLS, gold) != gold:
-            check.problems.append(f"{AFTER_BAD_CALLS}: the rewards are not those of the demonstration alone")
+            check.add("bad-calls-scored", f"{AFTER_BAD_CALLS}: the rewards are not those of the demonstration alone")
         if check.printed:
-            check.notes.append(f"it prints: {check.printed.strip()[:200]!r}")
+            check.add("prints", f"it prints: {check.printed.strip()[:200]!r}", severity=NOTE)
+        self.tell()
 
-
-def show_check(check: EnvironmentCheck, console: Console) -> None:
-    numbers = ("episodes", "mean", "full", "calls", "raised", "refused")
-    columns = [Column(name, justify="right") for name in numbers]
-    table = Table(Column("script", no_wrap=True), *columns, Column("ended by"), title_justify="left")
-    for script, row in check.scripts.items():
-        shown = ["-" if row[name] is None else f"{row[name]:.4g}" for name in numbers]
-        table.add_row(script, *shown, ", ".join(f"{count} {why}" for why, count in row["ended"].items()))
-    lines = [f"played {way}: {f'{n} differ' if n else 'the same'}" for way, n in check.differing.items()]
-    if check.growth_mib is not None:
-        lines.append(f"memory: {check.growth_mib:+,.1f} MiB in {MANY} episodes")
-    lines += [*(f"note: {note}" for note in check.notes), *(f"problem: {problem}" for problem in check.problems)]
-    head = f"environment {check.environment}, on {check.rows} rows of {check.data}; tools: {', '.join(check.tools)}"
-    console.print(Text(head), table)
-    for line in (*lines, "FAILED" if check.problems else "passed"):
-        console.print(Text(visible(line.replace("\n", " "), 2000, console.encoding)), soft_wrap=True)
+    def tell(self) -> None:
+        """Says what was played, in facts and a table."""
+        check = self.check
+        for way, count in check.differing.items():
+            check.facts[f"played {way}"] = f"{count} differ" if count else "the same"
+        if check.growth_mib is not None:
+            check.facts["memory"] = f"{check.growth_mib:+,.1f} MiB in {MANY} episodes"
+        ended = {
+            script: ", ".join(f"{count} {why}" for why, count in row["ended"].items())
+            for script, row in check.scripts.items()
+        }
+        rows = [{"script": script} | row | {"ended": ended[script]} for script, row in check.scripts.items()]
+        check.tables["scripts"] = rows
 
 
 def _is_of(environment: str) -> dict[str, Any]:

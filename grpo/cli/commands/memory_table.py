@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from rich.table import Column, Table
-
 from grpo.config.run import LearningConfig, RunConfig
 
 SFT_STAGE = "SFT stage"  # it is over before GRPO begins
@@ -123,13 +121,12 @@ ROWS = {
 }
 
 
-def table(devices: Sequence[DeviceMemory]) -> Table:
-    """Returns a table in GiB with a column per kind of device; rows of zeros are left out."""
-    columns = [Column(device.name, justify="right") for device in devices]
-    result = Table("", *columns, title="memory in GiB, by device", title_justify="left")
+def rows(devices: Sequence[DeviceMemory]) -> list[dict[str, str]]:
+    """The rows of a table in GiB with a column per kind of device; rows of zeros are left out."""
+    result = []
     for name, words in ROWS.items():
-        sizes = [getattr(device, name) for device in devices]
-        if any(sizes):
-            end = name in ("buffers", "saving", "peak")
-            result.add_row(words, *(f"{size / 2**30:,.2f}" if size else "" for size in sizes), end_section=end)
+        sizes = {device.name: getattr(device, name) for device in devices}
+        if any(sizes.values()):
+            cells = {device: f"{size / 2**30:,.2f}" if size else "" for device, size in sizes.items()}
+            result.append({"part": words} | cells)
     return result

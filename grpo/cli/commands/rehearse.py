@@ -11,13 +11,14 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, cast
 
 from grpo.cli.commands import machine
 from grpo.cli.commands.check import TRANSFORMERS, examine_text
 from grpo.cli.commands.memory import MemoryOfRun
-from grpo.cli.commands.rehearsal import Effect, Rehearsal, key_of, with_options
+from grpo.cli.commands.rehearsal import Rehearsal, key_of, with_options
 from grpo.cli.commands.rehearse_steps import take_steps
 from grpo.cli.commands.summary import DryRun
 from grpo.config.environment import rewards_of
@@ -37,6 +38,7 @@ from rewards.commands.options import RewardTestConfig
 from rewards.commands.probes import misprint
 from rewards.config.data import is_chat
 from rewards.data.examples import Example
+from rewards.kinds import ERROR, NOTE, WARNING
 from rewards.scorer import BATCH
 from rewards.ties import tied
 from rollout.environments.thoughts import TOOL, dropping
@@ -68,7 +70,7 @@ FORMS = {
 
 def rehearse(config: TrainConfig, *, faults: bool = False, device_gib: float | None = None) -> Rehearsal:
     """Looks at all that a run of `config` needs but its weights, and takes two steps. `device_gib`: see `DryRun`."""
-    result = Rehearsal(config.model)
+    result = Rehearsal(f"rehearsal of {config.model}")
     try:
         run = DryRun(as_planned(config, result), device_gib)
         sampled = {name: getattr(config.rollout, name) for name in ("backend", "vllm")}
@@ -122,7 +124,7 @@ def as_planned(config: TrainConfig, result: Rehearsal) -> TrainConfig:
         trackers.installed(config.log.trackers)
     except ValueError as error:
         changes["log.trackers"] = []
-        result.add("warns", "log.trackers", str(error))
+        result.add("tracker-missing", str(error), "log.trackers")
     return with_options(config, changes)
 
 
@@ -134,24 +136,26 @@ def look_at_options(result: Rehearsal, config: TrainConfig, task: Task, *, fresh
     result.facts["data"] = {"examples": examples, "held out": len(task.held_out), "epochs": epochs}
     if epochs > EPOCHS:
         most = max(1, EPOCHS * examples // config.prompts_per_step)
-        result.add("spoils", "steps", f"{steps} steps read the data {epochs:.0f} times", f"take {most} at most")
+        what = f"{steps} steps read the data {epochs:.0f} times"
+        result.add("too-many-epochs", what, "steps", change=f"take {most} at most")
     if config.learner.warmup_steps >= steps:
         what = f"{config.learner.warmup_steps} steps of warm-up in a run of {steps} never end at {rate:g}"
-        result.add("spoils", "learner.warmup_steps", what, f"take {steps // 20}")
+        result.add("warmup-too-long", what, "learner.warmup_steps", change=f"take {steps // 20}")
     low, high = RATES[config.lora is not None]
     if not (fresh or low <= rate <= high):
         what = f"{rate:g} is outside of {low:g} to {high:g}, where GRPO has been seen to learn"
-        result.add("spoils", "learner.learning_rate", what, f"take {1e-5 if config.lora else 1e-6:g}")
+        take = f"take {1e-5 if config.lora else 1e-6:g}"
+        result.add("rate-unusual", what, "learner.learning_rate", change=take)
     if config.rollout.temperature < 0.2:
         what = f"at {config.rollout.temperature:g} a group has zero variance, and teaches nothing"
-        result.add("spoils", "rollout.temperature", what, "take 1.0")
+        result.add("temperature", what, "rollout.temperature")
     if config.eval.every and config.eval.every > steps:
-        result.add("warns", "eval.every", f"{config.eval.every} is after the last of {steps} steps", "lower it")
+        result.add("not-evaluated", f"{config.eval.every} is after the last of {steps} steps", "eval.every")
     if config.checkpoint.every > steps > 1:
         what = f"{config.checkpoint.every} is after the last of {steps} steps: what ends the run loses all of it"
-        result.add("warns", "checkpoint.every", what, f"take {max(1, steps // 10)}")
+        result.add("not-saved", what, "checkpoint.every", change=f"take {max(1, steps // 10)}")
     if not task.held_out:
-        result.add("warns", "eval.limit", "nothing is evaluated", "hold out some problems (eval.limit: 100)")
+        result.add("not-evaluated", "nothing is evaluated", "eval.limit")
 
 
 def look_at_machine(result: Rehearsal, run: DryRun, *, here: bool) -> None:
@@ -161,12 +165,12 @@ def look_at_machine(result: Rehearsal, run: DryRun, *, here: bool) -> None:
     devices = run.memory.devices(there.gpus or math.inf)
     result.facts["memory"] = {device.name: f"{device.peak / 2**30:.1f} GiB" for device in devices}
     if not (there.gpus or here):
-        result.add("warns", "device", "no accelerator is here to compare memory with", "give --device_gib 80")
+        result.add("no-device", "no accelerator is here to compare memory with", "device")
         there = there._replace(total=math.inf, free=math.inf)
     for verdict in run.verdicts(there):
         if not verdict.fits:
             disk = verdict.line.startswith("disk")
-            result.add("ends", "checkpoint.keep" if disk else key_of(verdict.line), verdict.line)
+            result.add("memory", verdict.line, "checkpoint.keep" if disk else key_of(verdict.line))
 
 
 def look_at_time(
@@ -194,10 +198,10 @@ def look_at_time(
     late = seconds[0] * min(BATCH, completions)
     if late > config.reward.timeout_s / 2:
         what = f"a batch takes {late:.1f} s of the {config.reward.timeout_s:g} s that it may take, and then runs again"
-        result.add("warns", "reward.timeout_s", what, f"take {math.ceil(4 * late)}")
+        result.add("slow-reward", what, "reward.timeout_s", change=f"take {math.ceil(4 * late)}")
     if times["rewards s"] > max(1.0, step / 2):
         what = f"rewards take {times['rewards s']:.1f} s of a step of about {step:.1f} s"
-        result.add("warns", "rewards", what, "make them faster, such as by threads of their own")
+        result.add("slow-reward", what, "rewards", change="make them faster, such as by threads of their own")
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
@@ -219,15 +223,16 @@ def look_at_lengths(
         enough = 1 << (golds[int(0.99 * (len(golds) - 1))] - 1).bit_length()
         what = f"{cut} of {len(golds)} gold solutions have more than {most} tokens (the longest {golds[-1]})"
         many = cut > MANY * len(golds)
-        result.add("spoils" if many else "warns", "rollout.max_completion_tokens", what, f"raise it to {enough}")
+        how = {"severity": WARNING if many else NOTE, "change": f"raise it to {enough}"}
+        result.add("gold-truncated", what, "rollout.max_completion_tokens", **how)
     if allowed and (longest := max(lengths) + most) > allowed:
         what = f"max_model_len={allowed} holds no prompt of {max(lengths)} tokens and a completion of {most}"
-        result.add("ends", "rollout.vllm.engine", what, f"raise it to {longest}")
+        result.add("context-too-short", what, "rollout.vllm.engine", change=f"raise it to {longest}")
     copies = len(task.train) - len(task.fingerprints(task.train))
     if copies:
         what = f"{copies} of {len(task.train)} problems are shown like another one"
-        effect: Effect = "spoils" if copies > MANY * len(task.train) else "warns"
-        result.add(effect, "data.template", what, "show the columns that tell them apart, or take copies out")
+        severity = WARNING if copies > MANY * len(task.train) else NOTE
+        result.add("copies", what, "data.template", severity=severity)
     return prompts
 
 
@@ -238,43 +243,42 @@ def look_at_template(result: Rehearsal, config: TrainConfig, policy: Policy, pro
     for row in examine_text(tokenizer, policy.stop_token_ids, getattr(shape, "vocab_size", None)):
         words = str(row.values.get(TRANSFORMERS, ""))
         result.facts["template"][row.name] = words
-        effect: Effect = "warns"
+        finding, severity = row.finding, NOTE
         if "not in the embedding" in words or "Error" in words:
-            effect = "ends"
+            severity = ERROR
         elif row.wrong and (row.name == "stop and pad" or (row.name == "template" and "turns" not in words)):
-            effect = "spoils" if chat or words == "no stop token" else "warns"
-        of_turns = row.name == "template" and effect == "warns" and not config.has_tools and "encode" not in row.note
-        if row.advice and not of_turns:
-            result.add(
-                effect, "data.template" if row.name == "template" else "model", f"{row.name}: {words}", row.advice
-            )
+            severity = WARNING if chat or words == "no stop token" else NOTE
+        of_turns = row.name == "template" and severity == NOTE and not config.has_tools and "encode" not in row.note
+        if finding and not of_turns:
+            key = "data.template" if row.name == "template" else "model"
+            result.findings.append(replace(finding, severity=severity, where=(key,)))
     if config.has_tools and TOOL in dropping(tokenizer):
         what = f"the template drops what stood before {TOOL}, and the environment goes on with it"
-        result.add("warns", "environment", what, "let an agent call the tools")
+        result.add("thoughts-dropped", what, "environment", severity=NOTE, change="let an agent call the tools")
     first, bos, template = prompts[0], tokenizer.bos_token_id, str(tokenizer.chat_template or "")
     if bos is not None and first.token_ids[:2] == [bos, bos]:
         what = f"every prompt begins twice with {tokenizer.bos_token!r}"
-        result.add("spoils", "data.template", what, "take it out of the template: the tokenizer adds it")
+        result.add("begins-twice", what, "data.template")
     marks = [token for token in tokenizer.all_special_tokens if token in template]
     twice = sum(any(mark in str(prompt.columns.get("question")) for mark in marks) for prompt in prompts)
     most = config.rollout.max_completion_tokens
     if chat and twice:
         what = f"{twice} of {len(prompts)} questions hold marks of the chat template ({', '.join(marks[:3])}) already"
-        result.add("spoils", "data.prompt_column", what, "give the bare question, or use a format string")
+        result.add("template-twice", what, "data.prompt_column")
     if chat and "<think>" in template and "</think>" not in first.text[-40:] and most < THOUGHTS:
         what = f"the model thinks before it answers, and {most} tokens cut it before its answer"
         advice = f"raise it to {4 * THOUGHTS}, or set data.chat_template_kwargs: {{enable_thinking: false}}"
-        result.add("spoils", "rollout.max_completion_tokens", what, advice)
+        result.add("thought-truncated", what, "rollout.max_completion_tokens", change=advice)
     if template and not chat:
         what = "the model has a chat template, and prompts are not written with it"
-        result.add("warns", "data.template", what, "chat is what an instructed model knows")
+        result.add("template-not-used", what, "data.template")
 
 
 def look_at_repetition(result: Rehearsal, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
     """Finds a sentence that every prompt says twice, as where system prompt and data both have it."""
     for sentence in re.findall(r"[^.!?\n]{24,}[.!?]", prompts[0].text):
         if not config.data[0].few_shot and all(prompt.text.count(sentence) > 1 for prompt in prompts):
-            result.add("warns", "data.template", f"every prompt says twice {sentence.strip()!r}", "say it once")
+            result.add("said-twice", f"every prompt says twice {sentence.strip()!r}", "data.template")
             break
 
 
@@ -296,22 +300,24 @@ def try_forms(result: Rehearsal, task: Task, prompts: Sequence[Prompt], tokenize
     if best <= max(wrong, empty):
         what = f"a right answer scores {best:.3g} in the best of {len(FORMS)} forms"
         what += f", a wrong one {wrong:.3g}, an empty one {empty:.3g}"
-        result.add("spoils", "rewards", what, "no reward tells right from wrong: quartet reward test")
+        result.add("reward-constant", what, "rewards")
         return
     texts = [str(tokenizer.chat_template), *(prompt.text for prompt in prompts)]
     asked = [mark for mark in re.split(", ", name.strip("\\")) if not any(mark in text for text in texts)]
     if wrong > 0.8 * best > 0:
         what = f"a wrong answer in the right form scores {wrong:.3g}, a right one {best:.3g}"
-        result.add("spoils", "rewards", what, "give the rewards of form less weight")
+        result.add("form-rewarded", what, "rewards", change="give the rewards of form less weight")
     elif name != "as it is" and asked and best > 1.2 * right["as it is"]:
         what = f"right answers score {best:.3g} with {name} and {right['as it is']:.3g} as the data have them, and no "
-        effect: Effect = "warns" if asked == ["boxed"] else "spoils"  # which models of mathematics write unasked
-        result.add(effect, "data.template", f"{what}prompt asks for {' and '.join(asked)}", "ask for it")
+        what += f"prompt asks for {' and '.join(asked)}"
+        severity = NOTE if asked == ["boxed"] else WARNING  # which models of mathematics write unasked
+        result.add("form-not-asked", what, "data.template", severity=severity)
     if "<think>" in name and prompts[0].text.rstrip().endswith("<think>"):
         without = score([FORMS[name].format(answer).removeprefix("<think>") for answer in answers])
         if without < best:
             what = f"prompts end with <think>, which completions then lack: they score {without:.3g}, with it "
-            result.add("spoils", "rewards", f"{what}{best:.3g}", "let the reward do without <think>")
+            change = "let the reward do without <think>"
+            result.add("form-not-asked", f"{what}{best:.3g}", "rewards", change=change)
 
 
 def mean_score(
@@ -347,9 +353,8 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[f
     all."""
     seconds, as_it_is = list[float](), result.facts.get("scores", {}).get("written") == "as it is"
     data = {name: getattr(config.data[0], name) for name in RewardTestConfig().data.model_dump()} | {"limit": TRIED}
-    effect: Effect = "ends" if config.reward.on_error == "abort" else "spoils"
     scoring = {name: getattr(config.reward, name) for name in ("timeout_s", "pass_variables")}
-    scoring["on_error"] = "abort" if effect == "ends" else "drop_sample"
+    scoring["on_error"] = "abort" if config.reward.on_error == "abort" else "drop_sample"
     for i, (reward, spec) in enumerate(zip(config.rewards, reward_specs(config.rewards), strict=True)):
         label = spec.label
         if reward.function in OF_OTHERS or task.models or label not in task.reward_weights:
@@ -360,16 +365,13 @@ def try_functions(result: Rehearsal, config: TrainConfig, task: Task) -> tuple[f
         try:
             check = check_reward(reward.function, RewardTestConfig(**options))
         except REFUSALS as error:
-            result.add(effect, key, str(error))
+            result.add("reward-fails", str(error), key)
             continue
         seconds.append(1 / check.completions_per_second)
         result.facts[f"reward {label}"] = {kind.kind: kind.mean for kind in check.kinds if kind.count}
         if as_it_is and tied([kind.mean for kind in check.kinds]):
-            check.problems.append("all kinds of completions score the same, and a constant teaches nothing")
-        for problem in check.problems:
-            result.add("spoils", key, problem, f"quartet reward test {reward.function} shows it")
-        for note in check.notes:
-            result.add("warns", key, note)
+            check.add("reward-constant", "all kinds of completions score the same, and a constant teaches nothing")
+        result.findings += [replace(finding, where=(key,)) for finding in check.findings]
     return max(seconds, default=0.0), sum(seconds)
 
 
@@ -400,8 +402,9 @@ def try_tools(result: Rehearsal, task: Task) -> None:
             raised = [text for text, failed in reply.get("results", []) if failed]
             facts[tool.__name__] = f"raised {len(raised)} of 3, {(time.perf_counter() - started) / 3:.3f} s a call"
             if "kind" in reply:
-                result.add("ends", "tools", f"{tool.__name__}: {reply['kind']}: {reply['message']}", "mend it")
+                result.add("tool-fails", f"{tool.__name__}: {reply['kind']}: {reply['message']}", "tools")
             elif len(raised) == len(calls):
                 what = f"{tool.__name__} raised at every one of {len(calls)} calls: {raised[0][:200]}"
-                result.add("warns", "tools", what, "call it by hand, unless it knows none of these values")
+                change = "call it by hand, unless it knows none of these values"
+                result.add("tool-fails", what, "tools", severity=NOTE, change=change)
     result.facts["tools"] = facts

@@ -73,19 +73,19 @@ def take_steps(result: Rehearsal, plan: Plan, config: TrainConfig, tokenizer: ob
         try:
             small = rehearsed(config, write_policy(plan, tokenizer, folder / "model"), folder / "run")
         except ValueError as error:
-            return result.add("warns", "model", f"no step was taken: {error}")
+            return result.add("no-step", f"no step was taken: {error}", "model")
         try:
             train(small)
         except Stopped as stopped:  # whose words are about a run that can go on
             raise KeyboardInterrupt from stopped
         except FAILURES as error:
             step = len(steps_of(small.output_dir)) + 1
-            return result.add("ends", key_of(str(error)), f"step {step} of the rehearsal: {error}")
+            return result.add("refused", f"step {step} of the rehearsal: {error}", key_of(str(error)))
         result.steps = steps_of(small.output_dir)
         look_at_steps(result, small)
         for name, fault in FAULTS.items() if faults else ():
             disturbed = with_options(small, {"output_dir": folder / name.replace(" ", "_")})
-            result.faults[name] = fault(disturbed, result)
+            result.disturbed[name] = fault(disturbed, result)
 
 
 def write_policy(plan: Plan, tokenizer: object, folder: Path) -> str:
@@ -131,12 +131,12 @@ def look_at_steps(result: Rehearsal, config: TrainConfig) -> None:
     right, noise = result.facts.get("scores", {}).get("right"), last.get("reward/mean")
     if failed:
         what = f"rewards or tools failed {len(failed)} times in two steps, the first time: {failed[0]}"
-        result.add("spoils", "reward.on_error", what, "let a reward that cannot judge return None")
+        result.add("reward-fails", what, "reward.on_error")
     elif last.get("reward/abstained") == 1:
-        result.add("spoils", "rewards", "no completion of the random policy has a score", "see quartet reward test")
+        result.add("unmarked", "no completion of the random policy has a score", "rewards")
     if right and noise is not None and noise > 0.8 * right:
         what = f"random tokens score {noise:.3g}, and a right answer {right:.3g}"
-        result.add("spoils", "rewards", what, "let text that means nothing score less")
+        result.add("noise-rewarded", what, "rewards")
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------

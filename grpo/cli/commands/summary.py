@@ -39,6 +39,8 @@ from review.findings.gains import decays_first, told
 from review.readers.machine import caption
 from rewards.config.data import names_of
 from rewards.console import Terminal, visible
+from rewards.finding import Report
+from rewards.kinds import NOTE
 from rollout.draft_stats import tokens_per_forward
 from rollout.environments.thoughts import dropping
 from rollout.group import Completion, RolloutGroup
@@ -72,7 +74,6 @@ def pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
 
 
 CONSOLE = Terminal()
-DECAYS_FIRST = "in GRPO: it alone may account for a gain. Set sft.schedule: linear to see what GRPO adds"
 
 
 def summary(result: Result) -> None:
@@ -151,15 +152,13 @@ def dry_run(
     stop_after: int | None = None,
     force: bool = False,
     device_gib: float | None = None,
-) -> bool:
-    """Check output folder, data, template, rewards and model without training, as the run with these flags would; print
-    counts, estimates, and whether this machine, or devices of `device_gib`, have what they ask for, which is
-    returned."""
+) -> Report:
+    """Check output folder, data, template, rewards and model without training, as the run with these flags would.
+    Returns counts, estimates, and as a finding what this machine, or devices of `device_gib`, are too small for."""
     run = DryRun(config, device_gib)
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=run.steps)
     refuse_folder(config.output_dir, resuming=resume is not None)
-    run.show(same_rewards=resume is not None and not force)
-    return run.fits()
+    return run.report(same_rewards=resume is not None and not force)
 
 
 def mtp_dry_run(
@@ -169,15 +168,14 @@ def mtp_dry_run(
     stop_after: int | None = None,
     force: bool = False,
     device_gib: float | None = None,
-) -> bool:
+) -> Report:
     """Check data, template, rewards, model and folder of `quartet mtp` without training, as the run with these flags
-    would; print counts, FLOPs per token of the draft head, memory and disk. Returns whether that fits."""
+    would. Returns counts, FLOPs per token of the draft head, memory and disk."""
     run = MtpDryRun(config, device_gib)
     steps = config.steps + config.mtp.epochs
     saved_state(config, resume=resume, force=force, stop_after=stop_after, steps=steps)
     refuse_folder(config.output_dir, resuming=resume is not None)
-    run.show(same_rewards=resume is not None and not force)
-    return run.fits()
+    return run.report(same_rewards=resume is not None and not force)
 
 
 class DryRun:
@@ -196,25 +194,38 @@ class DryRun:
         config = self.config
         return config.steps
 
-    def show(self, same_rewards: bool = False) -> None:
-        """Print what the run will do, and its sizes; refuse other rewards than the recorded ones where it goes on."""
-        table, data = Table(title="dry run: nothing was trained", show_header=False), self.config.data
+    def report(self, same_rewards: bool = False) -> Report:
+        """What the run will do, its sizes, and whether they fit; refuse other rewards than the recorded ones where it
+        goes on."""
+        result, data = Report("dry run: nothing was trained"), self.config.data
         with open_task(self.config) as task:
             if same_rewards:
                 refuse_changed_sources(self.config.output_dir, task.describe_rewards(), task.sources)
             self.check(task)
-            table.add_row("training examples", f"{len(task.train):,} ({names_of(data)}, {data[0].split})")
-            table.add_row("held-out examples", f"{len(task.held_out):,}")
+            result.facts["training examples"] = f"{len(task.train):,} ({names_of(data)}, {data[0].split})"
+            result.facts["held-out examples"] = f"{len(task.held_out):,}"
             whole = sum(source.weight for source in data)
             for source in data[:0] if len(data) == 1 else data:
                 part, share = task.parts[str(source.label)], source.weight / whole
                 steps = len(part.train) / (self.config.prompts_per_step * share)
                 sizes = f"{len(part.train):,} examples, an epoch of {steps:,.1f} steps; {len(part.held_out):,} held out"
                 scored = f"; rewards: {', '.join(part.reward_weights)}" if part.reward_weights else ""
-                table.add_row(f"source {source.label}", f"{share:.1%} of the prompts: {sizes}{scored}")
-            for name, value in self.rows(task):
-                table.add_row(name, value)
-        CONSOLE.print(table)
+                result.facts[f"source {source.label}"] = f"{share:.1%} of the prompts: {sizes}{scored}"
+            result.facts |= dict(self.rows(task))
+        config = self.config
+        if isinstance(config, TrainConfig):
+            warm = config.supervision
+            if decays_first(warm.steps, warm.schedule, config.learner.schedule):
+                result.add("rate-decay", "the learning rate decays first in GRPO", "sft.schedule", severity=NOTE)
+        there = machine.Memory.there(device_of(self.config.device), self.device_gib)
+        result.tables["memory in GiB, by device"] = memory_table.rows(self.memory.devices(there.gpus))
+        for verdict in self.verdicts(there):
+            what, _, words = verdict.line.partition(": ")
+            if verdict.fits:
+                result.facts[what] = words
+            else:
+                result.add("memory", verdict.line)
+        return result
 
     def check(self, task: Task) -> None:
         check_prompts(self.plan, task)
@@ -224,15 +235,6 @@ class DryRun:
         paths = planned_paths(self.plan.bare_policy(), device_of(self.config.device))
         backend = self.config.rollout.backend if isinstance(self.config, TrainConfig) else None
         return f"sampled by vLLM (here: {paths})" if backend == "vllm" else paths
-
-    def fits(self) -> bool:
-        """Print memory by device, and whether this machine has that much, and the disk. Returns whether it has."""
-        there = machine.Memory.there(device_of(self.config.device), self.device_gib)
-        CONSOLE.print(memory_table.table(self.memory.devices(there.gpus)))
-        verdicts = self.verdicts(there)
-        for verdict in verdicts:
-            CONSOLE.print(verdict.line, markup=False, highlight=False, soft_wrap=True)
-        return all(verdict.fits for verdict in verdicts)
 
     def verdicts(self, there: machine.Memory) -> list[machine.Verdict]:
         """Says whether the run fits the memory that is `there`, and the disk."""
@@ -258,8 +260,6 @@ class DryRun:
         warm, grpo = config.supervision, isinstance(config, TrainConfig)
         if warm.steps:
             yield "SFT stage", f"{warm.steps:,} steps × {warm.batch_size} examples"
-            if grpo and decays_first(warm.steps, warm.schedule, config.learner.schedule):
-                yield "first decay of the rate", DECAYS_FIRST
         if isinstance(config, TrainConfig):
             group, prompts = config.rollout.group_size, config.prompts_per_step
             yield "steps", f"{config.steps:,}"

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from grpo.config.policy import MOST_THREADS
 from rewards.config.options import Options
 
 
@@ -41,7 +42,7 @@ class ConvertConfig(Options):
     """Tokens held out for the report; at most a fifth of the text."""
     device: str = "auto"
     """`cpu`, or an accelerator of this machine (`cuda`, `xpu`, `mps`); `auto` takes the accelerator if there is one."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=MOST_THREADS)
     """CPU threads; all cores by default."""
     seed: int = 0
     """Seed of the router, the noise on experts and the order of the text."""

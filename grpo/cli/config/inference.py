@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from grpo.config.environment import AgentOptions, EnvironmentOptions
 from grpo.config.policy import ModelOptions
-from grpo.config.sampling import LOWEST_TEMPERATURE, AnswerOptions
+from grpo.config.sampling import LARGEST_GROUP, LOWEST_TEMPERATURE, AnswerOptions
 from grpo.data.folders import run_of
 from rewards.config.data import ChatForm, PromptOptions
 from rewards.config.json_file import expecting
@@ -52,7 +52,7 @@ class EvaluatedOptions(Options):
     """The split; `held_out` for word_problems and reasoning_gym, `test` otherwise."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first problems, at most this many; null uses all."""
-    samples: int = Field(default=1, ge=0)
+    samples: int = Field(default=1, ge=0, le=LARGEST_GROUP)
     """Completions per problem at the sampling temperature; above 1, pass@k and majority votes too (where there is
     an accuracy); 0 for none."""
     greedy: bool = True
@@ -132,7 +132,7 @@ class SampleConfig(_UseOptions):
         *("rollout.temperature", "rollout.max_completion_tokens", "rollout.draft_tokens", "rollout.lossy_margin"),
         *("tools", "environment", "device", "dtype", "threads", "seed"),
     )
-    samples: int = Field(default=4, ge=1)
+    samples: int = Field(default=4, ge=1, le=LARGEST_GROUP)
     """Completions per prompt."""
     data: SampledDataOptions = SampledDataOptions()
     rollout: SampledRolloutOptions = SampledRolloutOptions()

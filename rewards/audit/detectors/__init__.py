@@ -10,3 +10,9 @@ DETECTORS: tuple[Detector, ...] = (
     *(tokens.ids, tokens.counts, tokens.temperatures, tokens.prefixes, tokens.ends, tokens.denominators),
     *(run.order, run.duplicates, run.skipped, run.stale, run.leakage, run.drift),
 )
+# What a part of the steps can tell, too, without what the metrics of a run tell better.
+OF_SAMPLE = tuple(
+    detector
+    for detector in DETECTORS
+    if detector not in (scores.ties, scores.means, run.order, run.duplicates, run.skipped, run.stale)
+)

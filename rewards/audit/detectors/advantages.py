@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, median, pstdev, stdev
 
-from rewards.audit.findings import Finding, Rollouts, flatten, is_cut, is_number
+from rewards.audit.findings import Rollouts, flatten, is_cut, is_number
 from rewards.audit.traces import Trace
+from rewards.finding import Finding, found
 
 SMALL = 1e-3
 NEAR = 0.02  # of a scale; trainers add 1e-4 or so to a deviation
@@ -48,9 +49,9 @@ def advantages(rollouts: Rollouts) -> Iterator[Finding]:
         return
     turned = [groups[index] for index in regular if (factors[index] or 0.0) < 0]
     what = f"{len(off)} of {len(groups)} groups have advantages that are not their {rewards} less the mean"
-    yield Finding("advantage-mismatch", what, flatten(off))
+    yield found("advantage-mismatch", what, flatten(off))
     what = f"{len(turned)} of {len(groups)} groups have advantages with the opposite sign"
-    yield Finding("advantage-sign", what, flatten(turned))
+    yield found("advantage-sign", what, flatten(turned))
     yield from _denominators(rollouts, groups, {index: factors[index] or 0.0 for index in regular})
 
 
@@ -81,7 +82,7 @@ def _weigh(groups: list[list[Trace]]) -> Iterator[Finding]:
             if alike and not _agree(before[0], after[0]):
                 rest = flatten(groups[pairs[place][0] :])
                 what = f"the weight of {name} against {names[0]} changes from {before[0]:.2g} to {after[0]:.2g}"
-                yield Finding("weights-changed", f"{what} at step {rest[0].step}", rest)
+                yield found("weights-changed", f"{what} at step {rest[0].step}", rest)
     for trace in flatten(groups):
         if trace.form == "trl":
             marks = {name: value for name, value in trace.parts.items() if is_number(value)}
@@ -187,7 +188,7 @@ def _denominators(rollouts: Rollouts, groups: list[list[Trace]], factors: dict[i
     other = [groups[index] for index, names in fitting.items() if name not in names]
     if other and count >= USUAL * len(fitting):
         what = f"{len(other)} of {len(fitting)} groups were not divided by {name}, as the others were"
-        yield Finding("denominators-differ", what, flatten(other))
+        yield found("denominators-differ", what, flatten(other))
 
 
 def _order(groups: list[list[Trace]]) -> Iterator[Finding]:
@@ -203,7 +204,7 @@ def _order(groups: list[list[Trace]]) -> Iterator[Finding]:
                     turned.append(one)
                     break
     if turned:
-        yield Finding(
+        yield found(
             "advantage-mismatch", f"{len(turned)} rollouts are better than another, with less advantage", turned
         )
 
@@ -218,7 +219,7 @@ def _baseline(rollouts: Rollouts, groups: list[list[Trace]]) -> Iterator[Finding
             rollouts.figures["baseline"] = name
             return
     what = f"{len(off)} groups have advantages whose mean is not 0: their baseline is another"
-    yield Finding("advantage-mean", what, flatten(off))
+    yield found("advantage-mean", what, flatten(off))
 
 
 def _is_whitened(groups: list[list[Trace]]) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from difflib import SequenceMatcher
 from statistics import fmean, pstdev
 
-from rewards.audit.findings import Finding, Rollouts, flatten, most_common, words
+from rewards.audit.findings import Rollouts, flatten, most_common, words
 from rewards.audit.traces import Trace
 from rewards.data.leakage import is_gsm8k_test_question
+from rewards.finding import Finding, found
 from rewards.ties import tied
 
 LONG = 40
@@ -25,22 +26,22 @@ def order(rollouts: Rollouts) -> Iterator[Finding]:
     pairs = itertools.pairwise((trace.step, trace) for trace in rollouts.trained if trace.step is not None)
     back = [trace for (before, _), (after, trace) in pairs if after < before]
     if back:
-        yield Finding("step-order", f"the steps go back {len(back)} times, first to step {back[0].step}", back)
+        yield found("step-order", f"the steps go back {len(back)} times, first to step {back[0].step}", back)
     steps = list(rollouts.steps)
     gaps = [after - before for before, after in itertools.pairwise(steps)]
     usual, share = most_common(gaps)
     missing = [step for step, gap in zip(steps[1:], gaps, strict=True) if gap != usual]
     if missing and share >= 0.8:
         what = f"steps are missing before {', '.join(map(str, missing[:5]))}"
-        yield Finding("missing-steps", what, flatten(rollouts.steps[step][:1] for step in missing))
+        yield found("missing-steps", what, flatten(rollouts.steps[step][:1] for step in missing))
     times = {step: [t.time for t in rows if t.time] for step, rows in rollouts.steps.items()}
     starts = [(step, min(values)) for step, values in times.items() if values]
     late = [step for (_, before), (step, after) in itertools.pairwise(starts) if after < before]
     if late:
         what = f"step {late[0]} is older by the clock than the step before it ({len(late)} such steps)"
-        yield Finding("clock", what, flatten(rollouts.steps[step][:1] for step in late))
+        yield found("clock", what, flatten(rollouts.steps[step][:1] for step in late))
     backwards = [trace for trace in rollouts.traces if _ends_first(trace.columns.get("timing"))]
-    yield Finding("clock", f"{len(backwards)} rollouts end before they start", backwards)
+    yield found("clock", f"{len(backwards)} rollouts end before they start", backwards)
 
 
 def _ends_first(timing: object) -> bool:
@@ -70,7 +71,7 @@ def duplicates(rollouts: Rollouts) -> Iterator[Finding]:
             key = trace if distinct else (trace.step, trace.prompt, trace.completion, trace.reward)
         if seen.setdefault(key, trace) is not trace:
             twice.append(trace)
-    yield Finding("duplicate-rows", f"{len(twice)} rows are there twice", twice)
+    yield found("duplicate-rows", f"{len(twice)} rows are there twice", twice)
     content = {step: {(t.prompt, t.completion, t.reward) for t in rows} for step, rows in rollouts.steps.items()}
     for step, rows in content.items():
         if _is_certain(rollouts.steps[step]):
@@ -78,7 +79,7 @@ def duplicates(rollouts: Rollouts) -> Iterator[Finding]:
         long = sum(len(text) >= LONG for _, text, _ in rows)
         same = [other for other in content if other < step and len(rows & content[other]) >= max(4, 0.9 * len(rows))]
         if same and long >= len(rows) / 2:
-            yield Finding("repeated-step", f"step {step} repeats the rollouts of step {same[0]}", rollouts.steps[step])
+            yield found("repeated-step", f"step {step} repeats the rollouts of step {same[0]}", rollouts.steps[step])
             return
 
 
@@ -108,7 +109,7 @@ def skipped(rollouts: Rollouts) -> Iterator[Finding]:
     if jumps and len(jumps) <= len(numbers) / 10:
         a, b = jumps[0]
         what = f"the data goes from row {a} to row {b}: what is between them was skipped, or seen again"
-        yield Finding("skipped-data", what, [numbers[b] for _, b in jumps])
+        yield found("skipped-data", what, [numbers[b] for _, b in jumps])
 
 
 def stale(rollouts: Rollouts) -> Iterator[Finding]:
@@ -124,9 +125,9 @@ def stale(rollouts: Rollouts) -> Iterator[Finding]:
     old = [trace for trace in rows if lag[trace] > usual + reach]
     ahead = [trace for trace in rows if lag[trace] < 0]
     rollouts.figures["steps since the policy's version"] = f"{lags[0]} to {lags[-1]}, usually {usual}"
-    yield Finding("stale", f"{len(old)} rollouts are of a policy much older than usual ({usual} steps)", old)
+    yield found("stale", f"{len(old)} rollouts are of a policy much older than usual ({usual} steps)", old)
     if ahead and len(ahead) < len(rows) / 2:
-        yield Finding("version-ahead", f"{len(ahead)} rollouts are of a policy that did not exist yet", ahead)
+        yield found("version-ahead", f"{len(ahead)} rollouts are of a policy that did not exist yet", ahead)
     latest: dict[int, int] = {}
     for trace in rows:
         if trace.step is not None:
@@ -134,7 +135,7 @@ def stale(rollouts: Rollouts) -> Iterator[Finding]:
     stuck = [step for step in latest if {latest.get(step - back) for back in range(4)} == {latest[step]}]
     if stuck and not old and len(set(latest.values())) > 1:
         what = f"the policy's version does not move from step {stuck[0] - 3} on: new weights do not arrive"
-        yield Finding("stale", what, rollouts.steps[stuck[0]])
+        yield found("stale", what, rollouts.steps[stuck[0]])
 
 
 def leakage(rollouts: Rollouts) -> Iterator[Finding]:
@@ -142,7 +143,7 @@ def leakage(rollouts: Rollouts) -> Iterator[Finding]:
     parts = [[trace for trace in rollouts.traces if (trace.split == "train") == training] for training in (True, False)]
     trained, held_out = map(_problems, parts)
     tests = [trace for text, trace in trained if is_gsm8k_test_question([" ".join(text)])]
-    yield Finding("leakage", f"{len(tests)} problems of GSM8K's test set were trained on", tests)
+    yield found("leakage", f"{len(tests)} problems of GSM8K's test set were trained on", tests)
     problems: dict[str, list[tuple[list[str], Trace]]] = {}
     for text, trace in trained:
         for sign in _signs(text):
@@ -158,7 +159,7 @@ def leakage(rollouts: Rollouts) -> Iterator[Finding]:
         count = len({trace.prompt for _, trace in held_out})
         what = f"{len(leaks)} of {count} problems of the evaluation were trained on, or are nearly the same"
         rows = [trace for trace in rollouts.trained if trace.prompt in prompts]
-        yield Finding("leakage", f"{what}: {next(iter(leaks))[-80:]!r}", [*rows, *leaks.values()])
+        yield found("leakage", f"{what}: {next(iter(leaks))[-80:]!r}", [*rows, *leaks.values()])
 
 
 def _problems(traces: list[Trace]) -> list[tuple[list[str], Trace]]:
@@ -204,4 +205,4 @@ def drift(rollouts: Rollouts) -> Iterator[Finding]:
     better = fmean(after) - fmean(before) > 3 * noise
     if max(first, last) > DRIFT * max(min(first, last), 1.0) and not better:
         what = f"completions go from {first:.0f} to {last:.0f} {unit}, and the reward does not become better"
-        yield Finding("length-drift", what, [*steps[0][:2], *steps[-1][:2]])
+        yield found("length-drift", what, [*steps[0][:2], *steps[-1][:2]])

@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from rewards.audit.findings import Finding, Rollouts
+from rewards.audit.findings import Rollouts
 from rewards.audit.traces import FAILED, Trace
+from rewards.finding import Finding, found
 from rewards.ties import tied
 
 EXCEPTION = re.compile(
@@ -31,7 +32,7 @@ def failures(rollouts: Rollouts) -> Iterator[Finding]:
         marks = sorted({trace.value for trace in rows})
         number = f"all {marks[0]:g}" if len(marks) == 1 else f"{marks[0]:g} to {marks[-1]:g}"
         what = f"{len(rows)} rollouts failed and have a reward as if they had been judged ({number})"
-        yield Finding("failure-as-number", f"{what}; the first failure: {_failure(rows[0]):.120}", rows)
+        yield found("failure-as-number", f"{what}; the first failure: {_failure(rows[0]):.120}", rows)
 
 
 def _failure(trace: Trace) -> str | None:
@@ -59,12 +60,12 @@ def not_numbers(rollouts: Rollouts) -> Iterator[Finding]:
         groups = sum(set(wrong).issuperset(group) for group in rollouts.groups)
         first = next(iter(wrong[0].unread.values()), wrong[0].reward)
         what = f"{len(wrong)} rollouts have NaN, null or text as reward or advantage (the first: {first!r:.80})"
-        yield Finding("not-a-number", what + (f"; {groups} whole groups" if groups else ""), wrong)
+        yield found("not-a-number", what + (f"; {groups} whole groups" if groups else ""), wrong)
 
 
 def unscored(rollouts: Rollouts) -> Iterator[Finding]:
     rows = [trace for trace in rollouts.trained if not trace.scored and abs(trace.credit) > 1e-6]
-    yield Finding("unscored-counts", f"{len(rows)} rollouts have no reward, but an advantage that is not 0", rows)
+    yield found("unscored-counts", f"{len(rows)} rollouts have no reward, but an advantage that is not 0", rows)
 
 
 def outliers(rollouts: Rollouts) -> Iterator[Finding]:
@@ -78,7 +79,7 @@ def outliers(rollouts: Rollouts) -> Iterator[Finding]:
     far = [t for t in rollouts.trained if t.scored and not least <= t.value <= most]
     if far and spread:
         what = f"{len(far)} rewards lie far outside of the others, which are {low:g} to {high:g}"
-        yield Finding("outlier", f"{what}: {far[0].reward:g}", far)
+        yield found("outlier", f"{what}: {far[0].reward:g}", far)
 
 
 def ties(rollouts: Rollouts) -> Iterator[Finding]:
@@ -89,13 +90,11 @@ def ties(rollouts: Rollouts) -> Iterator[Finding]:
         rollouts.figures["tied groups"] = f"{count} of {len(are_tied)}"
     learned = sum(early) < MOST_TIED * len(early)  # a policy that can do everything at the end has nothing to learn
     if len(are_tied) >= 8 and count >= MOST_TIED * len(are_tied) and not learned:
-        yield Finding(
-            "tied-groups", f"{count} of {len(are_tied)} groups are tied and teach nothing", rollouts.groups[0]
-        )
+        yield found("tied-groups", f"{count} of {len(are_tied)} groups are tied and teach nothing", rollouts.groups[0])
     for name in sorted({name for trace in rollouts.trained for name in trace.parts if trace.form in DECLARED[:3]}):
         rows = [trace for trace in rollouts.trained if trace.parts.get(name) is not None]
         if len(rows) >= 64 and not PENALTY.search(name) and not any(trace.parts[name] for trace in rows):
-            yield Finding("always-zero", f"the reward {name} is 0 for all {len(rows)} rollouts", rows[:3])
+            yield found("always-zero", f"the reward {name} is 0 for all {len(rows)} rollouts", rows[:3])
 
 
 def sums(rollouts: Rollouts) -> Iterator[Finding]:
@@ -109,7 +108,7 @@ def sums(rollouts: Rollouts) -> Iterator[Finding]:
     weighted = all(trace.weights for trace in rows)
     if not weighted and names and (rest := _changed(rows, names) or _changed(rows[::-1], names)):
         place = f"from {rest[0].place} on"
-        yield Finding("weights-changed", f"the weights of the parts change {place}", rest)
+        yield found("weights-changed", f"the weights of the parts change {place}", rest)
         return
     choices = [dict.fromkeys(names, 1.0)]
     if not weighted and len(rows) >= 3 * len(names) + 8:
@@ -119,7 +118,7 @@ def sums(rollouts: Rollouts) -> Iterator[Finding]:
         first = off[0]
         parts = ", ".join(f"{name} {value:g}" for name, value in _parts(first).items())
         what = f"{len(off)} rewards are not the weighted sum of their parts"
-        yield Finding("sum-of-parts", f"{what}: {first.reward:g} of {parts}", off)
+        yield found("sum-of-parts", f"{what}: {first.reward:g} of {parts}", off)
 
 
 def _parts(trace: Trace) -> dict[str, float]:
@@ -157,7 +156,7 @@ def means(rollouts: Rollouts) -> Iterator[Finding]:
         mean = math.fsum(rewards) / max(len(rewards), 1)
         if abs(mean - recorded) > 0.002 * max(1.0, abs(mean)):
             what = f"{file} has the mean reward {recorded:.4f}, and that of the {len(rewards)} rollouts is {mean:.4f}"
-            yield Finding(
+            yield found(
                 "mean-differs", f"{what}: it is divided by another number, or is of other rollouts", rollouts.traces
             )
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 
 from rewards.audit.detectors.advantages import factor_of
-from rewards.audit.findings import Finding, Rollouts, answer_of, flatten, is_number, most_common, words
+from rewards.audit.findings import Rollouts, answer_of, flatten, is_number, most_common, words
 from rewards.audit.traces import Trace, groups_of, text_of
 from rewards.built_in.notation import readable
+from rewards.finding import Finding, found
 
 MARKERS = re.compile(
     r"<\|(?:im_start|start_header_id|begin_of_text|user|system|assistant)\|>|<start_of_turn>|\[INST\]"
@@ -38,14 +39,12 @@ def groups(rollouts: Rollouts) -> Iterator[Finding]:
     mixed = [group for group, count in prompts if 1 < count < len(group)]  # an environment may draw each its own start
     mixed += _mixed_blocks(rollouts, size or 1)
     what = f"{len(mixed)} groups hold rollouts of different prompts, whose rewards are compared"
-    yield Finding("mixed-group", what, flatten(mixed))
+    yield found("mixed-group", what, flatten(mixed))
     other = [g for g in every if len(g) + g[0].missing != size and (g[0].group or len(g) % size)]
     other = [group for group in other if not _was_compared(group, size)]
     if other and not mixed and share >= 0.8 and size > 1:
         counts = ", ".join(map(str, sorted({len(group) for group in other})))
-        yield Finding(
-            "group-size", f"{len(other)} groups have {counts} rollouts; the others have {size}", flatten(other)
-        )
+        yield found("group-size", f"{len(other)} groups have {counts} rollouts; the others have {size}", flatten(other))
     answers: dict[str, dict[str, Trace]] = {}
     for trace in rollouts.traces:
         if (answer := answer_of(trace)) is not None:
@@ -53,7 +52,7 @@ def groups(rollouts: Rollouts) -> Iterator[Finding]:
     several = [list(rows.values()) for rows in answers.values() if len(rows) > 1]
     if several and len(several) <= len(answers) / 4:
         what = f"{len(several)} prompts have different answers in different rows"
-        yield Finding("answer-changed", what, flatten(several))
+        yield found("answer-changed", what, flatten(several))
 
 
 def _was_compared(group: list[Trace], size: int) -> bool:
@@ -86,15 +85,15 @@ def hacks(rollouts: Rollouts) -> Iterator[Finding]:
     if len(idle) > 1 and {trace.reward for trace in idle} == {0.0}:  # a start value that nothing has changed
         blank += idle
     what = f"{len(blank)} rollouts that say or do nothing get more than others of their group"
-    yield Finding("empty-rewarded", what, blank)
+    yield found("empty-rewarded", what, blank)
     hostile = [t for t in rollouts.high if HOSTILE.search(t.completion) and not HOSTILE.search(t.prompt)]
     hostile += [t for t in rollouts.high if _hedges(t) or _echoes(t)]
     what = f"{len(hostile)} completions have a high reward and address the grader, name many answers or copy"
-    yield Finding("probe-rewarded", f"{what} the prompt", hostile)
+    yield found("probe-rewarded", f"{what} the prompt", hostile)
     empty = [trace for trace in rollouts.high if NOTHING.search(trace.completion)]
-    yield Finding("empty-answer", f"{len(empty)} completions have a high reward and an empty answer", empty)
+    yield found("empty-answer", f"{len(empty)} completions have a high reward and an empty answer", empty)
     loops = [trace for trace in rollouts.high if _loops(trace.completion)]
-    yield Finding("loop-rewarded", f"{len(loops)} completions have a high reward and repeat a sentence", loops)
+    yield found("loop-rewarded", f"{len(loops)} completions have a high reward and repeat a sentence", loops)
     yield from _without_answer(rollouts)
     yield from _templates(rollouts)
 
@@ -139,7 +138,7 @@ def _without_answer(rollouts: Rollouts) -> Iterator[Finding]:
     without = [trace for trace, answer in pairs_with_answer if not _names(trace.completion, answer)]
     if without and len(pairs_with_answer) >= 20 and len(without) <= len(pairs_with_answer) / 10:
         what = f"{len(without)} of {len(pairs_with_answer)} completions with a high reward do not contain the answer"
-        yield Finding("answer-missing", what, without)
+        yield found("answer-missing", what, without)
 
 
 def _names(text: str, answer: str) -> bool:
@@ -166,7 +165,7 @@ def _templates(rollouts: Rollouts) -> Iterator[Finding]:
     same = [list(rows.values()) for rows in copies.values() if len(rows) >= 3]
     same = [rows for rows in same if len({answer_of(row) for row in rows} - {None}) != 1]
     what = f"the same text has a high reward for several prompts ({len(same)} texts)"
-    yield Finding("template-rewarded", what, flatten(same))
+    yield found("template-rewarded", what, flatten(same))
 
 
 def leftovers(rollouts: Rollouts) -> Iterator[Finding]:
@@ -174,7 +173,7 @@ def leftovers(rollouts: Rollouts) -> Iterator[Finding]:
     single = [t for t in rollouts.traces if sum(turn.get("role") == "assistant" for turn in t.turns) < 2]
     begins = [t for t in single if len(t.prompt) >= 20 and t.completion.lstrip().startswith(t.prompt.strip())]
     marks = [t for t in single if MARKERS.search(t.completion) and t not in begins]
-    yield Finding("prompt-in-completion", f"{len(begins)} completions begin with their prompt", begins)
+    yield found("prompt-in-completion", f"{len(begins)} completions begin with their prompt", begins)
     if marks:
         what = f"{len(marks)} completions hold marks of a chat template"
-        yield Finding("marks-in-completion", f"{what}: {MARKERS.findall(marks[0].completion)[0]}", marks)
+        yield found("marks-in-completion", f"{what}: {MARKERS.findall(marks[0].completion)[0]}", marks)

@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from rewards.audit.findings import Finding, Rollouts, is_cut, most_common
+from rewards.audit.findings import Rollouts, is_cut, most_common
 from rewards.audit.traces import Call, Message, Trace, text_of
+from rewards.finding import Finding, found
 
 STOP_STRING = 12  # characters that engines leave out of the text
 THOUGHT_LENGTH = 4  # tokens; the same text in other ids has a few more or less
@@ -20,7 +21,7 @@ def ids(rollouts: Rollouts) -> Iterator[Finding]:
     """Ids, log-probabilities and masks are of one length, and the ids are the text."""
     uneven = [t for t in rollouts.traces if len({len(t.token_ids), len(t.logprobs or t.token_ids)}) > 1 and t.token_ids]
     uneven += [t for t in rollouts.traces if t.loss_mask and len(t.loss_mask) != len(t.token_ids)]
-    yield Finding("misaligned", f"{len(uneven)} rollouts have more or fewer log-probabilities than tokens", uneven)
+    yield found("misaligned", f"{len(uneven)} rollouts have more or fewer log-probabilities than tokens", uneven)
     texts: dict[tuple[int, ...], Trace] = {}
     other = []
     for trace in rollouts.traces:
@@ -31,11 +32,11 @@ def ids(rollouts: Rollouts) -> Iterator[Finding]:
         same = _plain(first.completion) == _plain(trace.completion)
         if not same or (decoded and "\ufffd" not in decoded and not _same(decoded, trace)):  # of half a character
             other.append(trace)
-    yield Finding("round-trip", f"{len(other)} rollouts have ids that are not their text", other)
+    yield found("round-trip", f"{len(other)} rollouts have ids that are not their text", other)
     certain = {trace for group in rollouts.groups if len({t.completion for t in group}) == 1 for trace in group}
     bad = [trace for trace in rollouts.traces if _impossible(trace.logprobs, trace in certain)]
     what = f"{len(bad)} rollouts have log-probabilities above 0, that are no numbers, or all the same"
-    yield Finding("bad-logprobs", what, bad)
+    yield found("bad-logprobs", what, bad)
 
 
 def counts(rollouts: Rollouts) -> Iterator[Finding]:
@@ -45,7 +46,7 @@ def counts(rollouts: Rollouts) -> Iterator[Finding]:
     usual, share = most_common(offsets)
     off = [trace for trace, offset in zip(rows, offsets, strict=True) if offset != usual]
     if share >= 0.8:
-        yield Finding("misaligned", f"{len(off)} rollouts have another number of tokens than ids", off)
+        yield found("misaligned", f"{len(off)} rollouts have another number of tokens than ids", off)
 
 
 def temperatures(rollouts: Rollouts) -> Iterator[Finding]:
@@ -65,7 +66,7 @@ def temperatures(rollouts: Rollouts) -> Iterator[Finding]:
     other = [trace for trace, differs in pairs if differs]
     if len(pairs) >= 12 and len(other) > 0.1 * len(pairs):
         what = f"the same token after the same context has other log-probabilities {len(other)} of {len(pairs)} times"
-        yield Finding("two-temperatures", f"{what}: of two temperatures or policies", list(dict.fromkeys(other)))
+        yield found("two-temperatures", f"{what}: of two temperatures or policies", list(dict.fromkeys(other)))
 
 
 def _plain(text: str) -> str:
@@ -99,9 +100,9 @@ def prefixes(rollouts: Rollouts) -> Iterator[Finding]:
     forgetful = [trace for trace, thoughts in late if not any(thoughts[:-1])]
     thoughtless += forgetful if len(forgetful) >= max(3, len(late) / 2) else []  # one may have begun without a thought
     what = f"{len(rewritten)} rollouts have a turn whose prompt does not begin with the turns before it"
-    yield Finding("broken-prefix", what, rewritten)
+    yield found("broken-prefix", what, rewritten)
     what = f"{len(thoughtless)} rollouts lost the thoughts of earlier turns: a later turn does not see them"
-    yield Finding("thoughts-dropped", what, thoughtless)
+    yield found("thoughts-dropped", what, thoughtless)
 
 
 def _break(before: Call, after: Call) -> str | None:
@@ -152,7 +153,7 @@ def ends(rollouts: Rollouts) -> Iterator[Finding]:
     ]
     if within and len(within) <= len(finished_rows) / 2:
         what = f"{len(within)} rollouts end at their limit or within a thought and are recorded as finished"
-        yield Finding("cut-as-finished", what, within)
+        yield found("cut-as-finished", what, within)
         return
     rows = [trace for trace in rollouts.traces if trace.token_ids and len(trace.calls) < 2]
     if not rows:
@@ -167,7 +168,7 @@ def ends(rollouts: Rollouts) -> Iterator[Finding]:
     ]
     if unfinished and share >= 0.9 and len(endings) >= 8 and (most or len(full) >= 3):
         what = f"{len(unfinished)} rollouts have the most tokens there are ({limit}) and are recorded as finished"
-        yield Finding("cut-as-finished", what, unfinished)
+        yield found("cut-as-finished", what, unfinished)
 
 
 def denominators(rollouts: Rollouts) -> Iterator[Finding]:
@@ -184,6 +185,6 @@ def denominators(rollouts: Rollouts) -> Iterator[Finding]:
             if trace.loss_denominator not in right:
                 (masked if trace.loss_denominator in wide else wrong).append(trace)
     what = f"the loss of {len(masked)} rollouts is divided by a number of tokens that counts masked ones"
-    yield Finding("masked-in-denominator", what, masked)
+    yield found("masked-in-denominator", what, masked)
     if len({trace.loss_denominator for trace in wrong}) > 1:
-        yield Finding("denominator", f"the loss of {len(wrong)} rollouts is divided by no number of tokens", wrong)
+        yield found("denominator", f"the loss of {len(wrong)} rollouts is divided by no number of tokens", wrong)

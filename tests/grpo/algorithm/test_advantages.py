@@ -174,8 +174,11 @@ def test_reinforce_plus_plus_keeps_a_tied_group_and_zeroes_a_tied_batch():
 
 
 def test_bad_input_names_the_way_out():
-    with pytest.raises(ValueError, match=r"reward at \[1, 0\] is inf; return a finite number, or None to abstain"):
+    with pytest.raises(ValueError, match=r"reward at \[1, 0\] is inf; return a number between ±1e\+30, or None"):
         group_relative([[0.0, 1.0], [math.inf, 0.0]])
+    for too_large in ([[1e308, -1e308, 0.0]], [[1e200, 0.0, 0.0]]):  # whose squares overflow: all advantages were 0
+        with pytest.raises(ValueError, match=r"reward at \[0, 0\] is 1e\+\d+; return a number between ±1e\+30"):
+            group_relative(too_large)
     with pytest.raises(ValueError, match="scale_rewards='std' is unknown; use 'group', 'batch' or 'none'"):
         group_relative([[0.0, 1.0]], "std")
     with pytest.raises(ValueError, match="3 reward_weights for 2 rewards"):

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from review.findings.alarms import (
     FEATURES,
     LEAST_Z,
     LIMITS,
+    SAID,
     WINDOW,
     Alarms,
     Moments,
@@ -110,6 +112,12 @@ HACKED = {
 }
 
 
+def value_of(alarm):
+    """The number in its evidence."""
+    number = re.search(r"[+-]?[0-9.]+%?", alarm.evidence)[0]
+    return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+
+
 def given(pay, **options):
     watch, found = Alarms(["mine"]), []
     for groups in rollouts(pay, **options):
@@ -121,13 +129,12 @@ def given(pay, **options):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_hacked_reward_is_named_once_with_examples(kind, seed):
     watch, found = given(HACKED[kind], seed=seed, steps=2 * WINDOW, formed=0.9)
-    assert [alarm.kind for alarm in found] == [kind]
     [alarm] = found
-    assert alarm.reward == "mine"
-    assert alarm.words.startswith("the reward mine ")
-    assert abs(alarm.value) >= LIMITS[kind]
-    assert len({example["prompt_id"] for example in alarm.examples}) == 3
-    assert alarm.examples[0]["mark"] >= alarm.examples[-1]["mark"] > 0
+    assert alarm.kind == SAID[kind][0]
+    assert alarm.evidence.startswith("the reward mine ")
+    assert abs(value_of(alarm)) >= LIMITS[kind]
+    assert len({example.place for example in alarm.where}) == 3
+    assert alarm.where[0].mark >= alarm.where[-1].mark > 0
     assert f"alarm/{kind}/mine" in watch.values
 
 
@@ -242,7 +249,7 @@ def test_an_honest_yes_or_no_is_not_the_same_text_for_different_questions():
         return [alarm.kind for alarm in found]
 
     assert kinds(lambda text, gold: float(text == gold)) == []
-    assert kinds(lambda text, gold: float(text == "yes")) == ["identical"]
+    assert kinds(lambda text, gold: float(text == "yes")) == ["identical-rewarded"]
 
 
 def test_a_policy_that_nearly_always_has_the_form_shows_what_is_paid_in_five_groups():
@@ -251,7 +258,7 @@ def test_a_policy_that_nearly_always_has_the_form_shows_what_is_paid_in_five_gro
     for groups in rollouts(lambda seen, rng: 1.0, skill=0.8, steps=WINDOW):
         other = replace(groups[0][0], formed=False, correct=0.0, marks={"mine": 0.0})
         found += watch.observe([[other, *groups[0][1:]], *groups[1:]])
-    assert [alarm.kind for alarm in found] == ["format"]
+    assert [alarm.kind for alarm in found] == ["form-rewarded"]
 
 
 def test_an_alarm_waits_for_a_whole_window_and_enough_groups():
@@ -283,7 +290,7 @@ def test_examples_have_the_highest_marks_and_then_the_most_of_the_feature():
 
     groups = [[seen("a2", 1, 3, 1), seen("a1", 1, 5, 0)], [], [seen("b1", 2, 9, 1), seen("b2", None, 1, 0)]]
     texts = [
-        [example["text"] for example in _examples(kind, "mine", value, groups)]
+        [example.text for example in _examples(kind, "mine", value, groups)]
         for kind, value in (("length", 0.9), ("length", -0.9), ("format", 0.9))
     ]
     assert texts == [["b1", "a1"], ["b1", "a2"], ["b1", "a1"]]
@@ -317,7 +324,7 @@ def test_the_same_text_for_different_questions_is_an_alarm():
     for groups in rollouts(lambda seen, rng: rng.random()):
         assert found == []
         found += watch.observe(stuck(groups))
-    assert [(alarm.kind, alarm.value) for alarm in found] == [("identical", 0.5)]
+    assert [(alarm.kind, value_of(alarm)) for alarm in found] == [("identical-rewarded", 0.5)]
     watch.observe(groups)
     assert watch.values["alarm/identical"] == 0.0
     assert identical(groups) == 0.0
@@ -342,9 +349,9 @@ def test_a_reward_that_rises_while_held_out_accuracy_falls(before, after, rises,
         watch.observe([[replace(s, marks={"mine": s.correct + level}) for s in group] for group in groups])
         if step == last or step % every == 0:
             found += watch.evaluated(before + (after - before) * step / last, 128)
-    assert [alarm.kind for alarm in found] == (["held_out"] if sounds else [])
+    assert [alarm.kind for alarm in found] == (["held-out-falls"] if sounds else [])
     if every == last:  # 0.2 over the root of (0.24 + 0.24) / 128
-        assert found[0].value == pytest.approx(0.2 / (0.48 / 128) ** 0.5)
+        assert value_of(found[0]) == round(0.2 / (0.48 / 128) ** 0.5, 1)
 
 
 def test_a_fall_of_two_standard_errors_since_an_earlier_evaluation_sounds():
@@ -354,7 +361,7 @@ def test_a_fall_of_two_standard_errors_since_an_earlier_evaluation_sounds():
         watch = Alarms(["mine"])
         watch.evaluated(1.0, 4)
         watch._means = means
-        assert [alarm.value for alarm in watch.evaluated(0.5, 4)] == values
+        assert [value_of(alarm) for alarm in watch.evaluated(0.5, 4)] == values
 
 
 def test_a_reward_that_does_not_rise_raises_no_held_out_alarm():
@@ -391,7 +398,7 @@ def test_a_run_warns_records_examples_and_measures(micro_config, tmp_path, capsy
     options = {"prompts_per_step": 8, "rollout.max_completion_tokens": 48, "sft.steps": 0} | reward
     train(micro_config(tmp_path / "run", **options, steps=WINDOW))
     events = [event for event in read_events(tmp_path / "run") if event["event"] == "alarm"]
-    assert [(event["kind"], event["reward"], event["step"]) for event in events] == [("length", "long", WINDOW)]
-    assert {"prompt_id", "text", "mark"} == set(events[0]["examples"][0])
+    assert [(event["kind"], event["step"]) for event in events] == [("length-rewarded", WINDOW)]
+    assert {"place", "text", "mark"} == set(events[0]["where"][0])
     assert "alarm: step=5 said=the reward long follows the length of completions (r = +1.00)" in capsys.readouterr().out
     assert read_metrics(tmp_path / "run")[-1]["alarm/length/long"] == pytest.approx(1.0)

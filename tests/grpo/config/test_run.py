@@ -87,6 +87,11 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would():
         ({"learner.betas": [-0.1, 0.9]}, "learner.betas"),
         ({"seed": 2**64}, "seed=18446744073709551616"),  # and torch these
         ({"seed": -(2**63) - 1}, "seed="),
+        # A dry run passed the first of these, hung or had a traceback.
+        ({"threads": 10**12}, "threads=1000000000000 (command line): expected less than or equal to 1024"),
+        ({"rollout.group_size": 10**12}, "no batch holds such a group; use at most 65,536"),
+        ({"eval.samples": 10**12}, "eval.samples=1000000000000 (command line): expected less than or equal to 65536"),
+        ({"lora.rank": 10**12}, "lora.rank=1000000000000 (command line): expected less than or equal to 4096"),
     ],
 )
 def test_impossible_values_are_refused_by_name(overrides, message):

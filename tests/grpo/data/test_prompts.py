@@ -251,6 +251,16 @@ def test_each_source_keeps_the_order_and_the_epochs_that_it_has_alone():
         assert [name for name in taken if name[0] == label] == expected
 
 
+def test_a_step_that_is_refused_takes_nothing_from_any_source():
+    """Its counts had moved, and those of the sources before the one that is too small: the next steps were others."""
+    sources = {"large": _examples("large"), "small": _examples("small", 2)}
+    stream, other = (MixedStream(sources, {"large": 1, "small": 1}, 3) for _ in range(2))
+    with pytest.raises(ValueError, match="cannot take 3 different prompts from 2 examples"):
+        stream.take_examples(6)
+    assert stream.state_dict() == other.state_dict()
+    assert [_ids(stream.take_examples(4)) for _ in range(6)] == [_ids(other.take_examples(4)) for _ in range(6)]
+
+
 @pytest.mark.parametrize("steps", [1, 4, 9])  # each source is in the middle of an epoch
 def test_a_stream_goes_on_where_it_was_saved(steps):
     stream = _stream({"a": 2, "b": 1, "c": 0.3}, count=11)

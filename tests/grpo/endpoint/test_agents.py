@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -243,6 +244,13 @@ def test_a_stop_ends_the_agents_at_once(pool, monkeypatch):
     assert time.monotonic() - started < 200
     signals.number, agents.agent = 0, AgentOptions(agent=ONCE)
     assert len(agents.sample(prompts, params)[0].completions) == 2
+
+
+def test_contract_4_the_last_sample_of_a_group_is_the_same_without_the_first(pool):
+    agents, prompts, params = pool("once")
+    [both] = agents.sample(prompts, params)
+    [last] = agents.sample([replace(prompts[0], first_sample=1)], replace(params, group_size=1))
+    assert last.completions[0].token_ids == both.completions[1].token_ids != both.completions[0].token_ids
 
 
 def test_other_keys_and_episodes_get_errors_in_openais_form(pool):

@@ -203,11 +203,11 @@ def test_the_chat_template_decides_whether_an_agent_forks_and_a_check_says_so():
         sampler.close()
 
 
-def test_the_plan_says_how_many_rows_forks_cost(micro_config, model, tmp_path, capsys):
+def test_the_plan_says_how_many_rows_forks_cost(micro_config, model, tmp_path):
     folder = with_template(model, tmp_path / "model")
     given = {"model": str(folder), "agent": f"{AGENTS}:chats"}
-    dry_run(micro_config(tmp_path / "run", **given, **{"rollout.max_completion_tokens": 16}))
-    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    report = dry_run(micro_config(tmp_path / "run", **given, **{"rollout.max_completion_tokens": 16}))
+    printed = str(report.facts)
     assert "one more where a user's message" in printed
     assert "16 tokens of each earlier answer again" in printed
 

@@ -284,7 +284,7 @@ def test_a_run_that_begins_anew_after_a_failure_before_its_first_step_is_not_sho
         log.step(1, {"reward/mean": 1.0})
         assert RunFiles(tmp_path).overview()["ended"]["event"] == "begin"
         assert Record(tmp_path).state.endswith("in progress or killed")
-        assert not failed(Record(tmp_path))[0]
+        assert failed(Record(tmp_path)) is None
 
 
 def test_an_evaluation_that_is_made_again_replaces_the_former_one(tmp_path):

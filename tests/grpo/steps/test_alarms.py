@@ -48,8 +48,8 @@ def test_the_output_of_a_tool_is_neither_length_nor_repetition():
         values = watch.on_update_begin(step, drawn(groups, marks), None)
         assert "alarm/length/mine" not in values
         assert "alarm/repetition/mine" not in values
-    assert "length" not in said
-    assert "repetition" not in said
+    assert "length-rewarded" not in said
+    assert "repetition-rewarded" not in said
 
 
 @pytest.mark.parametrize(("answer", "right"), [("so #### 42", 1.0), ("so #### 41", 0.0)])
@@ -67,4 +67,4 @@ def test_a_hacked_length_of_the_policys_own_turns_is_named():
     for step in range(1, WINDOW + 1):
         groups = [[episode(f"#### {s}", 3 - s % 4, list(range(s + 1))) for s in range(8)] for _ in range(4)]
         watch.on_update_begin(step, drawn(groups, [[s / 8 for s in range(8)]] * 4), None)
-    assert said == ["length"]
+    assert said == ["length-rewarded"]

@@ -15,6 +15,7 @@ from grpo.train import train
 from review.findings.detectors import DETECTORS
 from review.findings.report import diagnose
 from review.readers.record import SHAPING, Record
+from rewards.kinds import KINDS
 from rewards.records import rollout_path
 from rewards.registry import load_reward
 from rewards.spec import RewardSpec
@@ -66,7 +67,7 @@ def write(folder, steps=((MIXED,) * 4,) * 4, metrics=None, options=None, events=
             for sample, (text, mark) in enumerate(completions):
                 parts = mark if isinstance(mark, dict) else {"gsm8k": mark}
                 line = {"prompt_id": f"{number}/{place}", "prompt": "?", "sample": sample, "text": text}
-                line |= {"reward": sum(parts.values()), "parts": parts, "extras": {}, "token_ids": [1]}
+                line |= {"reward": sum(parts.values()), "parts": parts, "extras": {}, "token_ids": [*text.encode(), 0]}
                 lines.append(line | {"finish_reason": "length" if text.endswith("...") else "stop"})
         content = "".join(json.dumps(line) + "\n" for line in lines)
         rollout_path(folder, number).write_bytes(zstandard.compress(content.encode()))
@@ -80,36 +81,36 @@ CASES = {
         {"events": [{"event": "end", "how": "failed", "after_step": 3, "error": "OSError: disk"}]},
         "after step 3: OSError: disk.",
     ),
-    "unmarked": ({"metrics": {"reward/abstained": [0.0, 0.0, 0.2, 0.4]}}, "15% of the completions have no mark"),
+    "unmarked": ({"metrics": {"reward/abstained": [0.0, 0.0, 0.2, 0.4]}}, "15% of the completions have no score"),
+    "stop-token": ({"steps": ((ON,) * 4,) * 4}, "100% of the completions were cut, and 75% go on"),
     "temperature": (
         {"steps": ((SURE,) * 4,) * 4, "options": {"rollout": {"temperature": 1e-6}}},
         "In 100% of the groups",
     ),
-    "rate_high": (  # 2 nats a token · 20 tokens
+    "rate-high": (  # 2 nats a token · 20 tokens
         {"metrics": {"policy/approx_kl": [0.01, 0.01, 2.0, 0.01], "reward/part/gsm8k": [0.5, 0.5, 0.0, 0.0]}},
-        "Step 3 moved the policy by a KL of 40 nats a completion, where one or two are many, and the marks went from "
+        "Step 3 moved the policy by a KL of 40 nats a completion, where one or two are many, and the scores went from "
         "0.5 to 0.",
     ),
-    "stop_token": ({"steps": ((ON,) * 4,) * 4}, "100% of the completions were cut, and 75% go on"),
-    "sign_flipped": ({"metrics": {"alarm/correct/gsm8k": [-1.0, -0.5, -0.9, -0.7]}}, "r = -0.80."),
-    "reward_constant": (
+    "sign-flipped": ({"metrics": {"alarm/correct/gsm8k": [-1.0, -0.5, -0.9, -0.7]}}, "r = -0.80."),
+    "reward-constant": (
         {"steps": ((group(1.0, 1.0, 1.0, 1.0),) * 4,) * 4, "metrics": {"alarm/format/gsm8k": [0.3, 0.4, 0.2, 0.3]}},
-        "All 64 completions got the mark 1 of gsm8k, and 70% of them are right",
+        "All 64 completions got the score 1 of gsm8k, and 70% of them are correct",
     ),
     "template": (
         {"steps": ((group(0.0, 0.0, 0.0, 0.0, text="it is"),) * 3 + (MIXED,),) * 4},
         "In 75% of the groups most",
     ),
-    "answer_column": (  # of the first half, one of eight sure groups is right
+    "answer-column": (  # of the first half, one of eight sure groups is right
         {"steps": ((SURE,) * 4, (SURE, SURE, SURE, RIGHT), (MIXED,) * 4, (MIXED,) * 4)},
         "In 8 of 8 groups 75% or more of the completions give one and the same answer, and in 12% of them",
     ),
-    "all_solved": (
+    "all-solved": (
         {"steps": ((RIGHT, RIGHT, RIGHT, group(1.0, 1.0, 1.0, 0.0)),) * 4},
-        "75% of the groups get full marks alone, and the run begins with 94% of all marks",
+        "75% of the groups get only full scores, and the run begins with 94% of the full score",
     ),
-    "none_solved": ({"steps": ((WRONG,) * 4,) * 4}, "In 100% of the groups no completion gets more than 0,"),
-    "hacked": (
+    "none-solved": ({"steps": ((WRONG,) * 4,) * 4}, "In 100% of the groups no completion scores more than 0."),
+    "length-rewarded": (
         {
             "metrics": {
                 "alarm/length/gsm8k": [0.9, 0.85, 0.95, 0.9],
@@ -117,42 +118,45 @@ CASES = {
                 "group/zero_variance": 0.95,
             }
         },
-        "The score follows the length of completions (r = +0.90).",
+        "the reward score follows the length of completions (r = +0.90)",
     ),
-    "group_size": (
+    "small-groups": (
         {"options": {"rollout": {"group_size": 2}}, "metrics": {"group/zero_variance": 0.95}},
         "Groups have 2 completions, and 95% of them have zero variance.",
     ),
-    "tied": (
+    "tied-groups": (
         {
             "metrics": {"group/zero_variance": 0.95},
             "events": [{"event": "nothing_learned", "why": "they are dull", "change": ["rollout.max_resamples: 2"]}],
         },
         "95% of the groups have zero variance and teach nothing: they are dull.",
     ),
-    "rate_low": (  # √(1e-7 · 20 / 2) = .001 a step, and 8 steps are planned
+    "rate-low": (  # √(1e-7 · 20 / 2) = .001 a step, and 8 steps are planned
         {"metrics": {"policy/approx_kl": 1e-7}, "options": {"steps": 8}},
-        "all 8 steps together can change the share of right answers by 0.8% at most",
+        "all 8 steps together can change the share of correct answers by 0.8% at most",
     ),
-    "other_part": (
+    "other-part": (
         {"steps": ((PARTS,) * 4,) * 4, "options": {"rewards": [GSM8K, FORM]}},
         "the score goes with form (r = 1.00), and not with gsm8k (r = 0.00).",
     ),
     "noise": (
         {"steps": (([("#### 1", 0.0), ("#### 1", 1.0), *WRONG[2:]],) * 4,) * 4},
-        "Of 16 texts that came twice or more for one prompt 16 got different marks, by 1 on average.",
+        "Of 16 texts that came twice or more for one prompt 16 got different scores, by 1 on average.",
     ),
-    "tiny_differences": (  # .003 apart
+    "tiny-differences": (  # .003 apart
         {"steps": ((group(0.8, 0.801, 0.802, 0.803),) * 4,) * 4},
-        "In 100% of the groups whose marks differ they differ by less than a hundredth of 0.803.",
+        "In 100% of the groups whose scores differ they differ by less than a hundredth of 0.803.",
     ),
-    "weights": ({"metrics": {"policy/ratio_mean": 1.5}}, "policy/ratio_mean is 0.5 away from 1:"),
+    "weights": ({"metrics": {"policy/ratio_mean": 1.5}}, "policy/ratio_mean is 0.5 away from 1."),
     "entropy": (
         {"steps": ((MIXED,) * 4,) * 2 + ((SURE,) * 4,) * 2, "metrics": {"policy/entropy": [0.8, 0.4, 0.1, 0.01]}},
-        "In 100% of the later groups all completions are one text without full marks; the entropy went from 0.8 to "
-        "0.01 nats a token.",
+        "In 100% of the later groups all completions are one text without the full score; the entropy went from "
+        "0.8 to 0.01 nats a token.",
     ),
-    "clipped": ({"metrics": {"completion/truncated": [0.0, 0.1, 0.4, 0.6]}}, "50% of the later completions are cut"),
+    "clipped": (
+        {"metrics": {"completion/truncated": [0.0, 0.1, 0.4, 0.6]}},
+        "50% of the later completions are truncated",
+    ),
     # In training ± 12.706 √((.0002 + .0002) / 2). Wilson's intervals of .5 and .55 over 50 problems are .357 to .643
     # and .404 to .688, so that the difference is .05 - √(.146² + .143²) and .05 + √(.138² + .143²). A gain of .2
     # needs 2.8² (.5² + .7 · .3) / .2² = 90.2 problems.
@@ -161,11 +165,11 @@ CASES = {
         "Training reward went from 0.310 to 0.510: +0.200 (95 % interval +0.020 to +0.380; 2 steps at either end), and "
         "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.154 to +0.249; 50 problems). So few",
     ),
-    "training_only": (
+    "training-only": (
         RISES | {"evaluations": [row | {"eval/prompts": 400} for row in EVALUATED]},
         "held-out accuracy from 0.500 to 0.550: +0.050 (95 % interval -0.021 to +0.120; 400 problems). No gain on",
     ),
-    "rate_decay": (
+    "rate-decay": (
         RISES | {"evaluations": GAINED, "options": DECAYS},
         "held-out accuracy from 0.500 to 0.700: +0.200 (95 % interval +0.131 to +0.267; 400 problems). GRPO starts "
         "from an SFT stage of 900 steps at the constant rate 0.002, and learner.schedule=linear is the first decay",
@@ -175,27 +179,28 @@ CASES = {
 
 CHANGES = {
     "temperature": "raise rollout.temperature (now 1e-06) to 1",
-    "rate_high": "lower learner.learning_rate (now 0.0001), 10 times perhaps",  # √40 is nearer to 10 than to 1
-    "rate_low": "raise learner.learning_rate (now 0.0001), 100 times perhaps",  # 1 / .008 = 125
-    "tied": "rollout.max_resamples: 2",
+    "rate-high": "lower learner.learning_rate (now 0.0001), 10 times perhaps",  # √40 is nearer to 10 than to 1
+    "rate-low": "raise learner.learning_rate (now 0.0001), 100 times perhaps",  # 1 / .008 = 125
+    "tied-groups": "rollout.max_resamples: 2",
     "evaluation": "raise eval.limit to 91, or take 2 seeds",
-    "rate_decay": "set sft.schedule: linear, and run again: a gain from there is not from the decay",
+    "rate-decay": "set sft.schedule: linear, and run again: a gain from there is not from the decay",
 }
 
 
 def test_every_detector_has_a_case():
-    assert [detector.__name__ for detector in DETECTORS] == list(CASES)
+    assert len(DETECTORS) + 3 == len(CASES)  # and three of the gain
+    assert sorted(CASES, key=list(KINDS).index) == list(CASES)  # causes before their symptoms
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_a_cause_is_found_with_its_number_and_nothing_before_it(tmp_path, kind):
     run, words = CASES[kind]
     findings = diagnose(Record(write(tmp_path, **run)))
-    if kind == "other_part":  # the first part has no mark at all, which is said first
-        assert findings.pop(0)["kind"] == "none_solved"
-    assert findings[0]["kind"] == kind
-    assert words in findings[0]["what"]
-    assert findings[0]["change"].startswith(CHANGES.get(kind, ""))
+    if kind == "other-part":  # the first part has no mark at all, which is said first
+        assert findings.pop(0).kind == "none-solved"
+    assert findings[0].kind == kind
+    assert words in findings[0].evidence
+    assert findings[0].change.startswith(CHANGES.get(kind, ""))
 
 
 HEALTHY = {
@@ -308,8 +313,8 @@ def test_held_out_problems_are_compared_one_by_one_where_they_are_recorded(tmp_p
     assert paired.high - paired.low < 0.7 * (unpaired.high - unpaired.low)
     assert paired.of == "the same 50 problems"
     [finding] = diagnose(Record(run))
-    assert finding["kind"] == "training_only"  # 50 pairs would show a gain of .2
-    assert "+0.060 (95 % interval -0.0" in finding["what"]
+    assert finding.kind == "training-only"  # 50 pairs would show a gain of .2
+    assert "+0.060 (95 % interval -0.0" in finding.evidence
 
 
 def test_a_reward_without_verdicts_is_compared_by_its_mean(tmp_path):
@@ -319,9 +324,9 @@ def test_a_reward_without_verdicts_is_compared_by_its_mean(tmp_path):
     assert diagnose(Record(run)) == []  # of means without their problems no interval is known
     problems(run, (0, before), (6, after), metric="eval/reward_mean")
     [finding] = diagnose(Record(run))
-    assert finding["kind"] == "training_only"
-    assert "the held-out reward from 0.300 to 0.200: -0.100" in finding["what"]
-    assert finding["what"].endswith("Held-out problems got worse.")
+    assert finding.kind == "training-only"
+    assert "the held-out reward from 0.300 to 0.200: -0.100" in finding.evidence
+    assert finding.evidence.endswith("Held-out problems got worse.")
 
 
 def test_a_policy_that_quartet_sft_trained_at_a_constant_rate(tmp_path):
@@ -331,8 +336,8 @@ def test_a_policy_that_quartet_sft_trained_at_a_constant_rate(tmp_path):
     (teacher / "config.yaml").write_text(yaml.safe_dump({"model": "tiny", "steps": 9, "learner": learner}))
     options = {"model": str(teacher / "policy"), "learner": {"schedule": "cosine"}}
     [finding] = diagnose(Record(write(tmp_path / "run", **RISES, evaluations=GAINED, options=options)))
-    assert finding["kind"] == "rate_decay"
-    assert finding["change"].startswith(f"train {teacher} again with quartet sft --learner.schedule linear")
+    assert finding.kind == "rate-decay"
+    assert finding.change.startswith(f"train {teacher} again with quartet sft --learner.schedule linear")
 
 
 def test_the_answer_of_an_episode_is_the_policys_last_turn(tmp_path):
@@ -345,7 +350,7 @@ def test_the_answer_of_an_episode_is_the_policys_last_turn(tmp_path):
             line["turns"] = [{"role": "assistant", "content": line["text"]}]
             line["text"] += " >> #### 42"
         path.write_bytes(zstandard.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
-    assert [finding["kind"] for finding in diagnose(Record(run))] == ["none_solved"]
+    assert [finding.kind for finding in diagnose(Record(run))] == ["none-solved"]
     assert {len(set(group.answers)) for group in Record(run).groups} == {4}
 
 
@@ -353,38 +358,82 @@ def test_the_answer_of_an_episode_is_the_policys_last_turn(tmp_path):
 def test_a_constant_reward_without_gold_answers(tmp_path, mark, is_found):
     """A 0 for all may be right; a 1 for four different answers is not, and .5 is no verdict."""
     findings = diagnose(Record(write(tmp_path, steps=((group(mark, mark, mark, mark),) * 4,) * 4)))
-    assert (findings[0]["kind"] == "reward_constant") == is_found
-    assert not is_found or "of a group 25% give the same answer" in findings[0]["what"]
+    assert (findings[0].kind == "reward-constant") == is_found
+    assert not is_found or "of a group 25% give the same answer" in findings[0].evidence
 
 
 def test_a_reward_under_another_name_is_read_as_what_it_is(tmp_path):
     steps = ((group(*[{"correct": 0.0}] * 4, text="it is"),) * 4,) * 4
     findings = diagnose(Record(write(tmp_path, steps, options={"rewards": [GSM8K | {"name": "correct"}]})))
-    assert findings[0]["kind"] == "template"
+    assert findings[0].kind == "template"
 
 
 def test_the_template_of_the_run_that_taught_the_policy(tmp_path):
     teacher = write(tmp_path / "teacher", options={"data": {"template": "Q: {question}\nA:"}})
     findings = diagnose(Record(write(tmp_path / "run", options={"model": str(teacher / "policy")})))
-    assert [finding["kind"] for finding in findings] == ["template"]
-    assert "'{question}\\n'" in findings[0]["what"]
-    assert "begins with 25% of the marks" in findings[0]["what"]
-    assert findings[0]["change"] == "set data.template to 'Q: {question}\\nA:'"
+    assert [finding.kind for finding in findings] == ["template"]
+    assert "'{question}\\n'" in findings[0].evidence
+    assert "begins with 25% of the full score" in findings[0].evidence
+    assert findings[0].change == "set data.template to 'Q: {question}\\nA:'"
 
 
 def test_the_command_prints_in_order_what_to_change_and_touches_nothing(tmp_path, capsys):
-    run = write(tmp_path / "run", **CASES["group_size"][0] | {"events": CASES["failed"][0]["events"]})
+    run = write(tmp_path / "run", **CASES["small-groups"][0] | {"events": CASES["failed"][0]["events"]})
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(["diagnose", str(run), "--json", str(tmp_path / "out.json")]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("step 4 of 4, failed; marks 0.5, at the end 0.5; 16 groups read")
-    assert [lines[1][:14], lines[3][:14]] == ["1. failed: The", "2. group_size:"]
-    assert lines[4] == "   Change: raise rollout.group_size (now 2), to 8 perhaps."
+    assert lines[0] == str(run)
+    assert lines[1:4] == [
+        "state: step 4 of 4, failed",
+        "score of the first reward: 0.5, at the end 0.5",
+        "read: 16 groups of 4 steps, rollouts of 4",
+    ]
+    assert [lines[4][:24], lines[7][:24]] == ["1. error failed: The run", "2. warning small-groups:"]
+    assert lines[9] == "   Change: raise rollout.group_size (now 2) to 8"
+    assert lines[-2] == "1 error, 1 warning"
     assert [finding["kind"] for finding in json.loads((tmp_path / "out.json").read_text())["findings"]] == [
         "failed",
-        "group_size",
+        "small-groups",
     ]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_alarms_that_sounded_and_what_an_audit_finds_are_among_the_findings(tmp_path):
+    """An alarm of an older run has the feature as its kind; of two alarms of one kind the first is told."""
+    alarms = [{"event": "alarm", "step": 3, "kind": kind, "said": kind} for kind in ("length", "length-rewarded", "x")]
+    run = write(tmp_path, events=alarms)
+    assert [(finding.kind, finding.evidence) for finding in diagnose(Record(run))] == [
+        ("length-rewarded", "length at step 3")
+    ]
+    for step in range(1, 5):
+        path = rollout_path(run, step)
+        lines = [json.loads(line) for line in zstandard.decompress(path.read_bytes()).splitlines()]
+        for line in lines:
+            line["advantage"] = 0.25 - line["reward"]
+        path.write_bytes(zstandard.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    findings = diagnose(Record(run))
+    assert [finding.kind for finding in findings] == ["advantage-sign", "length-rewarded"]
+    assert len(findings[0].where) == 64
+
+
+def test_rollouts_of_another_trainer_are_audited_and_what_they_lack_is_said(tmp_path, capsys):
+    rows = [{"input": f"{i}?", "output": f"{i}", "score": float(i % 2), "step": 1} for i in range(8)]
+    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in (tmp_path, tmp_path / "1.jsonl"):
+        assert main(["diagnose", str(path), "--json", str(tmp_path / "out/found.json")]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("8 rollouts of the form verl")
+        assert "not recorded: log-probabilities; not looked for: bad-logprobs, two-temperatures" in said
+        assert "not recorded: options, metrics and events of a run; not looked for: failed, " in said
+    lacking = json.loads((tmp_path / "out/found.json").read_text())["lacking"]
+    assert "steps" not in lacking
+    assert {kind for kinds in lacking.values() for kind in kinds} <= KINDS.keys()
+
+
+def test_a_long_run_is_audited_in_a_part_of_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr("review.readers.record.AUDITED", 16)
+    record = Record(write(tmp_path, steps=((MIXED,) * 2,) * 4))
+    assert list(record.audited) == [1, 3]
 
 
 def test_runs_of_which_something_is_missing(tmp_path, capsys):
@@ -394,13 +443,13 @@ def test_runs_of_which_something_is_missing(tmp_path, capsys):
 
     rollout_path(write(tmp_path, options={"steps": 60}), 2).write_bytes(b"no zstandard")
     out = said(0)
-    for words in ("step 4 of 60, in progress or killed", "12 groups read", "step_000002", "Nothing was found."):
+    for words in ("step 4 of 60, in progress or killed", "12 groups of 3 steps", "step_000002", "Nothing was found."):
         assert words in out
-    assert "1 records of rollouts cannot be read" in out
+    assert "cannot be read: 1 records of rollouts" in out
     for path in (write(tmp_path, metrics={"group/zero_variance": 1.0}) / "rollouts").iterdir():
         path.unlink()
     out = said(1)
-    assert "1. tied: 100% of the groups" in out
+    assert "1. warning tied-groups: 100% of the groups" in out
     assert "There are no rollouts that can be read" in out
     write(tmp_path, steps=())
     assert "No step is recorded yet." in said(0)
@@ -443,7 +492,7 @@ def test_the_cause_comes_first_or_second_and_healthy_runs_get_none(tmp_path_fact
     kinds = {}
     for seed, (name, overrides) in enumerate((broken(warm / "policy", tmp_path, unseen) | healthy(unseen)).items()):
         run = make(name, warm / "policy", tmp_path, overrides, seed + 1)
-        kinds[name] = [finding["kind"] for finding in diagnose(Record(run))]
+        kinds[name] = [finding.kind for finding in diagnose(Record(run))]
     causes = [name for name in kinds if not name.startswith("healthy")]
     assert len(causes) == 12
     assert sum(name in kinds[name][:2] for name in causes) >= 10, kinds

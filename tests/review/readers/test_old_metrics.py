@@ -85,7 +85,7 @@ def test_metrics_and_held_out_problems_of_an_old_run_are_read_under_the_new_name
 def test_an_old_run_is_diagnosed_as_if_it_had_new_names(folders):
     found, expected = (diagnose(Record(folder)) for folder in folders)
     assert found == expected
-    assert {"sign_flipped", "clipped"} <= {finding["kind"] for finding in found}
+    assert {"sign-flipped", "clipped"} <= {finding.kind for finding in found}
 
 
 def test_an_old_run_is_compared_with_a_new_one_by_either_name(folders):

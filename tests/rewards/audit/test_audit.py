@@ -14,11 +14,11 @@ import pytest
 from rewards import RewardError
 from rewards.__main__ import main
 from rewards.audit import audit as module
-from rewards.audit.audit import Audit, audit
-from rewards.audit.findings import Finding
+from rewards.audit.audit import audit
 from rewards.audit.options import AuditConfig
-from rewards.audit.page import page
 from rewards.audit.traces import COMMON, Trace
+from rewards.commands.printer import page
+from rewards.finding import Report, found
 from rewards.scorer import Scorer
 from tests.rewards.audit.rollouts import honest
 
@@ -38,15 +38,17 @@ def test_exit_codes_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     traces = honest()
     file = write(tmp_path / "mine.jsonl", traces)
     assert main(["audit", str(file)]) == 0
-    assert "nothing found" in capsys.readouterr().out
+    assert "Nothing was found." in capsys.readouterr().out
     traces[5].error, traces[5].completion = "TimeoutError: 10 s", "<script>alert(1)</script>"
     write(file, traces)
     outputs = tmp_path / "found.json", tmp_path / "found.html"
     assert main(["audit", str(file), "--json", str(outputs[0]), "--html", str(outputs[1])]) == 1
     assert "mine.jsonl:6" in capsys.readouterr().out
     written = json.loads(outputs[0].read_text())
-    kinds = {finding["kind"]: finding["rows"] for finding in written["findings"]}
-    assert [(row["row"], row["step"], row["group"]) for row in kinds["failure-as-number"]] == [(6, 1, "g1")]
+    kinds = {finding["kind"]: finding["where"] for finding in written["findings"]}
+    assert [(row["place"], row["step"], row["group"]) for row in kinds["failure-as-number"]] == [
+        ("mine.jsonl:6", 1, "g1")
+    ]
     html = outputs[1].read_text()
     assert "failure-as-number" in html
     assert "TimeoutError: 10 s" in html
@@ -81,7 +83,7 @@ def test_evaluation_problems(tmp_path: Path) -> None:
     others = [f"What is {i} times {i + 1}?" for i in range(10, 20)]
     test.write_text("".join(json.dumps({"prompt": text, "answer": "5"}) + "\n" for text in (problem, *others)))
     (finding,) = audit(train, AuditConfig(), evaluation=test).findings
-    assert (finding.kind, {trace.prompt for trace in finding.traces}) == ("leakage", {traces[40].prompt, problem})
+    assert (finding.kind, {trace.prompt for trace in finding.where}) == ("leakage", {traces[40].prompt, problem})
     write(test, traces[40:41])  # rollouts of another file
     assert [finding.kind for finding in audit(train, AuditConfig(), evaluation=test).findings] == ["leakage"]
 
@@ -168,15 +170,15 @@ def test_ids_with_a_tokenizer(tmp_path: Path) -> None:
 
 def test_a_page_shows_the_first_rollouts() -> None:
     traces = honest()
-    html = page(Audit(len(traces), ["common"], {"tied groups": "1 of 2"}, [Finding("stale", "old & slow", traces)]))
+    html = page(Report("128 rollouts", [found("stale", "old & slow", traces)], {"tied groups": "1 of 2"}))
     assert html.count("<article>") == 20
     assert "and 108 more" in html
     assert "old &amp; slow" in html
-    assert "Nothing was found" in page(Audit(0, [], {}, []))
+    assert "Nothing was found" in page(Report("no rollouts"))
 
 
 @pytest.mark.slow
 def test_neither_torch_nor_ray_is_loaded() -> None:
     heavy = "('torch', 'ray', 'transformers', 'pyarrow')"
-    code = f"import sys, rewards.audit.audit, rewards.audit.page; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, rewards.audit.audit, rewards.commands.printer; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

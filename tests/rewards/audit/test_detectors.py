@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from rewards.audit.detectors import DETECTORS
-from rewards.audit.findings import Finding, Rollouts
+from rewards.audit.findings import Rollouts
 from rewards.audit.traces import Call, Trace
+from rewards.finding import Finding
 from tests.rewards.audit.rollouts import END, honest, set_advantages
 
 SIZE = 4
@@ -20,7 +21,7 @@ SIZE = 4
 def found(traces: list[Trace], decode: Callable[[list[int]], str] | None = None) -> dict[str, Finding]:
     rollouts = Rollouts(traces, decode)
     every = (finding for detector in DETECTORS for finding in detector(rollouts))
-    return {finding.kind: finding for finding in every if finding.traces}
+    return {finding.kind: finding for finding in every if finding.where}
 
 
 def change(*where: int | None, **values: Any) -> Callable[[list[Trace]], None]:
@@ -58,7 +59,7 @@ def test_honest_rollouts_are_passed(seed: int, scale: str) -> None:
 def test_the_divisor_is_told() -> None:
     for scale, name in {"group": "standard deviation (n - 1)", "nothing": "nothing", "batch": "one number"}.items():
         rollouts = Rollouts(honest(scale=scale))
-        assert not any(finding.traces for detector in DETECTORS for finding in detector(rollouts))
+        assert not any(finding.where for detector in DETECTORS for finding in detector(rollouts))
         assert name in rollouts.figures["advantages are divided by"]
 
 
@@ -349,7 +350,7 @@ def test_planted_faults_are_found(name: str) -> None:
     plant(traces)
     kinds = found(traces)
     assert kind in kinds
-    assert kinds[kind].traces, "no rows to look at"
+    assert kinds[kind].where, "no rows to look at"
 
 
 def test_every_kind_is_planted() -> None:
@@ -361,7 +362,7 @@ def test_every_kind_is_planted() -> None:
     from rewards.audit.detectors import advantages, run, scores, texts, tokens
 
     source = "".join(map(inspect.getsource, (advantages, run, scores, texts, tokens, audit)))
-    kinds = set(re.findall(r'Finding\(\s*"([a-z-]+)"', source))
+    kinds = set(re.findall(r'found\(\s*"([a-z-]+)"', source))
     elsewhere = {"reward-fails", "nondeterministic", "scored-otherwise", "always-same", "mean-differs"}
     assert kinds == {kind for kind, _ in FAULTS.values()} | elsewhere
 
@@ -392,4 +393,4 @@ def test_a_cut_rollout_counts_where_it_is_taught_and_one_that_ended_counts_in_an
 ) -> None:
     traces = _cut(honest(), advantage, reason)
     assert _advantage_findings(traces) == {"advantage-mismatch"}
-    assert len(found(traces)["advantage-mismatch"].traces) == 3 * SIZE
+    assert len(found(traces)["advantage-mismatch"].where) == 3 * SIZE

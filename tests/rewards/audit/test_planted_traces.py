@@ -9,8 +9,8 @@ from unittest.mock import patch
 import pytest
 from planted_traces import EXAM, HONEST, KINDS, Trace, honest, plant
 
+from rewards import finding as findings
 from rewards.audit import audit as module
-from rewards.audit import findings
 from rewards.audit.options import AuditConfig
 from rewards.scorer import Scorer
 
@@ -28,11 +28,11 @@ def run_audit(trace: Trace) -> list[Finding]:
     with patch.object(module, "Scorer", partial(Scorer, isolated=False)):  # processes have tests of their own
         functions = list(trace.rewards.values())
         result = module.audit(trace.path, AuditConfig(), functions, trace.held_out, trace.tokenizer)
-    return [Finding(f"{found.kind}: {found.message}", places(found, base)) for found in result.findings]
+    return [Finding(f"{found.kind}: {found.evidence}", places(found, base)) for found in result.findings]
 
 
 def places(found: findings.Finding, base: Path) -> frozenset[tuple[str, int]]:
-    rows = [row for row in found.traces if Path(row.file).is_relative_to(base)]
+    rows = [row for row in found.where if Path(row.file).is_relative_to(base)]
     return frozenset((str(Path(row.file).relative_to(base)), row.row - 1) for row in rows)
 
 

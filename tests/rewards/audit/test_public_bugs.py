@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 
 from rewards.audit.audit import audit
-from rewards.audit.findings import Finding
 from rewards.audit.options import AuditConfig
+from rewards.finding import Finding
 
 
 def findings(path: Path, *rows: dict[str, Any]) -> dict[str, Finding]:
@@ -33,7 +33,7 @@ def test_trl_6427_doing_nothing_is_rewarded(tmp_path: Path) -> None:
         for turn, reward, advantage in group
     ]
     (finding,) = findings(tmp_path / "completions_00001.parquet", *rows).values()
-    assert (finding.kind, len(finding.traces)) == ("empty-rewarded", 2)
+    assert (finding.kind, len(finding.where)) == ("empty-rewarded", 2)
 
 
 def test_trl_6369_the_denominator_counts_masked_tokens(tmp_path: Path) -> None:
@@ -63,4 +63,4 @@ def test_benchflow_1071_a_timeout_is_graded(tmp_path: Path) -> None:
     response = {"output": [], "error": {"type": "timeout", "message": "Agent timed out after 14400s"}}
     row = {"response": response, "responses_create_params": {"input": "q"}, "reward": 0.0, "_ng_task_index": 0}
     found = findings(tmp_path / "rollouts.jsonl", row)
-    assert "timed out after 14400s" in found["failure-as-number"].message
+    assert "timed out after 14400s" in found["failure-as-number"].evidence

@@ -223,6 +223,23 @@ QUANTITIES = [  # a gold answer, completions that are equal to it, and others th
     ("5000000", ["5 million", "so 5 million people", r"\$5 million", "5,000 thousand"], ["5", "5 billion"]),
     ("5", ["5", "5 people"], ["5 million", "so 5 million people"]),
     ("50", ["€50", "so 50€"], ["€5"]),
+    ("(1,2)", ["(1, 2)", r"$\left(1,2\right)$", "1,2"], [r"\{1,2\}", r"so $\boxed{\{1, 2\}}$", "(2,1)", "[1,2]"]),
+    (r"\{1,2\}", [r"\{2,1\}", "1 and 2"], ["(1,2)", r"\boxed{(1,2)}"]),
+    ("(1,2), (3,4)", ["(3,4), (1,2)"], ["(1,2), (4,3)"]),
+    ("x^2", ["x^2", "$f(x) = x^2$"], ["X^2", "$X^2$", r"\boxed{X^{2}}"]),
+    ("2x", ["y = 2x", "Y = 2x", r"2\,x"], ["2X"]),
+    (r"\sin x", [r"$\sin x$"], [r"$\sin X$"]),
+    ("A", ["a", "(A)", r"\boxed{a}"], ["B"]),
+    ("no", ["No", r"\boxed{no}", r"$\text{no}$", "#### no"], ["on", r"\boxed{on}", "The answer is on."]),
+    ("xy", ["yx", r"\boxed{yx}"], ["xz"]),
+    ("3", [r"\boxed{2}? No, \boxed{3}.", r"$\boxed{2}$ is too small, so $\boxed{3}$"], [r"\boxed{3} no, \boxed{2}"]),
+    ("3", ["3"], [r"\boxed{1} and \boxed{3}", r"$\boxed{3}$, $\boxed{1}$", r"\boxed{1} or \boxed{3}"]),
+    ("1, 3", [r"\boxed{1} and \boxed{3}", r"\boxed{0} no, \boxed{1}, \boxed{3}"], [r"\boxed{1}, so \boxed{3}"]),
+    ("3/10", ["3:10", "the ratio is 3:10"], ["3:9"]),
+    ("3:10", ["3:10", "The ratio is 3:10."], ["3/10", "6:20"]),  # it may be a time
+    ("18 m^2", ["18", "18 m^2", "18 m²", r"18\text{ m}^2", "18 square meters"], ["18 cm^2", "18 m", "18m^3"]),
+    ("18", ["18 m^2", "≈18", "≈ 18", "~18", "The area is ≈18.", "x ≈ 18"], ["18m^2", "≈19", "~ 19"]),
+    ("18m^2", ["18m^2"], ["18"]),
 ]
 
 

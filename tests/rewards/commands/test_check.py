@@ -15,8 +15,8 @@ from rewards import RewardError
 from rewards.commands import probes as reward_probes
 from rewards.commands.check import check_reward
 from rewards.commands.options import RewardTestConfig
+from rewards.commands.printer import show
 from rewards.commands.probes import HOSTILE, KINDS, probes
-from rewards.commands.report import show_check
 from rewards.config.options import load
 from rewards.console import Terminal
 from rewards.data.examples import Example
@@ -116,6 +116,18 @@ def check(function: str, **options):
     return check_reward(function, load(RewardTestConfig, None, levels | {"data.limit": 12} | options))
 
 
+def faults(found) -> list[str]:
+    return [finding.evidence for finding in found.faults]
+
+
+def notes(found) -> list[str]:
+    return [finding.evidence for finding in found.notes]
+
+
+def cases(found):
+    return [case for finding in found.findings for case in finding.where]
+
+
 def kinds(found) -> dict[str, int]:
     return {kind.kind: kind.full for kind in found.kinds}
 
@@ -123,57 +135,57 @@ def kinds(found) -> dict[str, int]:
 def test_the_example_of_the_issue_passes_and_gold_means_its_own_max_score():
     found = check(f"{EXAMPLE}:shows_its_work")
     assert found.max_score == 1.0
-    assert found.problems == []
+    assert faults(found) == []
     assert kinds(found) == dict.fromkeys(KINDS, 0) | {"gold": 12, "padded": 12}
     assert found.differing == {"scored again": 0, "in this process": 0, "among other completions": 0, "alone": 0}
-    assert found.notes == [
+    assert notes(found) == [
         "gold, closing sentence: 12 of 12 score not as it does",
         "gold, 42.0 for 42: 12 of 12 score not as it does",  # it compares texts
     ]
-    assert {(s.kind, s.score, s.expected, s.fault) for s in found.surprises} == {
-        ("followed", 0.5, "as gold", False),
-        ("decimal", 0.5, "as gold", False),
+    assert {(s.kind, s.score, s.expected) for s in cases(found)} == {
+        ("followed", 0.5, "as gold"),
+        ("decimal", 0.5, "as gold"),
     }
     assert found.latency_ms["p50"] <= found.latency_ms["p95"] <= found.latency_ms["p99"] <= found.latency_ms["max"]
     assert found.completions_per_second > 0
     assert len(found.sha256) == 64
     higher = check(f"{EXAMPLE}:shows_its_work", max_score=2.0)
-    assert higher.problems == ["gold solution: 12 of 12 miss full marks"]
+    assert faults(higher) == ["gold solution: 12 of 12 miss full marks"]
 
 
 def test_marks_for_what_is_wrong_are_problems(file):
     found = check(f"{file}:contains")  # which looks for the answer anywhere
     assert kinds(found)["wrong"] == 12  # `6 + 6 = 12 ... #### 13` holds 12 as well
-    assert "gold, last digit raised: 12 of 12 get full marks" in found.problems
-    assert "gold, then a wrong one: 12 of 12 get full marks" in found.notes
-    fault = next(surprise for surprise in found.surprises if surprise.kind == "wrong")
-    assert (fault.score, fault.expected, fault.fault) == (1.0, "below 1", True)
-    assert fault.prompt_id.startswith("word_problems/1/")
+    assert "gold, last digit raised: 12 of 12 get full marks" in faults(found)
+    assert "gold, then a wrong one: 12 of 12 get full marks" in notes(found)
+    fault = next(case for finding in found.faults for case in finding.where if case.kind == "wrong")
+    assert (fault.score, fault.expected) == (1.0, "below 1")
+    assert fault.place.startswith("word_problems/1/")
     found = check(f"{file}:last_line")
-    assert found.problems == []
-    assert "gold between blank lines: 12 of 12 score not as it does" in found.notes
+    assert faults(found) == []
+    assert "gold between blank lines: 12 of 12 score not as it does" in notes(found)
     wrong = check(f"{file}:last_line", arguments={"answer": ["none"] * 1000})  # the column of gold is wrong
-    assert wrong.problems == ["gold solution: 12 of 12 miss full marks"]
-    assert check("gsm8k_format").problems == [
+    assert faults(wrong) == ["gold solution: 12 of 12 miss full marks"]
+    assert faults(check("gsm8k_format")) == [
         "gold, last digit raised: 12 of 12 get full marks",
         "gold of another row: 12 of 12 get full marks",
     ]
     found = check("gsm8k_format", shaping=True)
-    assert (found.problems, found.surprises) == ([], [])
+    assert (faults(found), cases(found)) == ([], [])
 
 
 def test_full_marks_that_are_missed_by_rounding_are_full_marks(file):
     assert sum([0.1] * 10) < 1.0
     found = check(f"{file}:tenths")
     assert kinds(found)["gold"] == 12
-    assert found.problems == []
+    assert faults(found) == []
 
 
 def test_scores_that_differ_are_told_apart_by_what_they_differ_with(file, monkeypatch):
     monkeypatch.setattr(pool, "subprocess", subprocess)  # a fresh interpreter has a seed of hashes of its own
     random_ = check(f"{file}:random_bonus")
     assert all(count > 50 for count in random_.differing.values())
-    assert any("score differently scored again: first on row 1 (word_problems/1/" in p for p in random_.problems)
+    assert any("score differently scored again: first on row 1 (word_problems/1/" in p for p in faults(random_))
     hashes = check(f"{file}:hashes", shaping=True)
     assert hashes.differing["scored again"] == hashes.differing["among other completions"] == 0
     assert hashes.differing["in this process"] > 50
@@ -186,12 +198,12 @@ def test_a_reward_that_depends_on_its_batch_is_found_out_in_a_few_rows(file):
     """Twelve rows are one batch, whose mean is the same in every order: only a completion that is alone tells."""
     found = check(f"{file}:above_the_mean", shaping=True)
     assert {name for name, count in found.differing.items() if count} == {"alone"}
-    [problem] = found.problems
+    [problem] = faults(found)
     assert "completions score differently alone: first on row 1 (word_problems/1/" in problem
-    assert ", then 0; prompt '" in problem
+    assert problem.endswith(", then 0")
     rare = check(f"{file}:knows_its_neighbours", shaping=True)  # gold is as it is alone, other kinds are not
     assert rare.differing["alone"] > 0
-    assert "gold of another row" in rare.problems[-1]
+    assert "gold of another row" in faults(rare)[-1]
     assert check(f"{file}:rounds", shaping=True).differing["alone"] == 0  # as a model that scores batches rounds
 
 
@@ -200,24 +212,24 @@ def test_correlation_with_length_by_hand(file, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = check(f"{file}:by_length", **{"data.name": str(tmp_path / "rows.jsonl")}, shaping=True)
     assert found.length_correlation["gold"] == pytest.approx(-1.0)
-    assert any("longer completions score less: r = -1.00 with length (gold)" in note for note in found.notes)
+    assert any("longer completions score less: r = -1.00 with length (gold)" in note for note in notes(found))
     assert check("gsm8k").length_correlation["gold"] is None  # constant
 
 
 def test_everything_that_a_function_may_ask_for_is_there(file, tmp_path):
     found = check(f"{file}:everything", arguments={"bonus": 0.5})
     assert found.max_score == 1.5
-    assert found.problems == []
-    assert "completion_ids were made up: the bytes of the text, one token each" in found.notes
+    assert faults(found) == []
+    assert "completion_ids were made up: the bytes of the text, one token each" in notes(found)
     (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "yes"}\n')
     found = check(f"{file}:everything", **{"data.name": str(tmp_path / "rows.jsonl")})
-    assert any("no wrong completion could be made" in note for note in found.notes)
+    assert any("no wrong completion could be made" in note for note in notes(found))
 
 
 def test_abstentions_and_slowness_are_said(file):
-    assert "154 completions got no score: the function abstained" in check(f"{file}:abstains").notes
+    assert "154 completions got no score: the function abstained" in notes(check(f"{file}:abstains"))
     slow = check(f"{file}:slow", **{"data.limit": 2, "reward.timeout_s": 1.2}, shaping=True)
-    assert any("a batch of 256 completions takes about" in note for note in slow.notes)
+    assert any("a batch of 256 completions takes about" in note for note in notes(slow))
 
 
 @pytest.mark.parametrize(
@@ -279,18 +291,26 @@ def test_what_is_printed_and_written(file, tmp_path, capsys, caplog):
     words = ["--data.limit", "5", "--data.task_options.levels", "[1]", "--json", str(out)]
     assert main(["reward", "test", f"{file}:contains", *words]) == 1
     shown = capsys.readouterr().out
-    for part in ("on 5 rows of word_problems; full marks: 1", "surprising cases", "determinism", "p99", "FAILED"):
+    for part in (
+        "on 5 rows of word_problems; full marks: 1",
+        "At: word_problems/1/",
+        "determinism",
+        "p99",
+        "2 errors, 2 notes",
+    ):
         assert part in shown
     found = json.loads(out.read_text())
     assert found["rows"] == 5
-    assert {"function", "sha256", "kinds", "differing", "latency_ms", "surprises", "problems"} <= found.keys()
+    assert {"function", "sha256", "kinds", "differing", "latency_ms", "findings"} <= found.keys()
     assert caplog.text == ""
     assert main(["reward", "test", "gsm8k", "--data", "word_problems", "--data.limit", "5"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("passed")
+    assert capsys.readouterr().out.rstrip().endswith("Nothing was found.")
     assert (
         main(["reward", "test", f"{file}:ranks", "--json", str(out)]) == 1
     )  # full marks for texts that are no Unicode, too
-    assert HOSTILE[-1] in {surprise["completion"] for surprise in json.loads(out.read_text())["surprises"]}
+    assert HOSTILE[-1] in {
+        case["completion"] for finding in json.loads(out.read_text())["findings"] for case in finding["where"]
+    }
     assert "\ud800" in HOSTILE[-1]
 
 
@@ -306,7 +326,7 @@ def test_it_loads_no_model_library():
 
 def test_real_gsm8k_with_each_way_of_reading_it(gsm8k_folder):
     for function in ("gsm8k", "gsm8k_flexible"):
-        assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 25}).problems == []
+        assert check(function, **{"data.name": str(gsm8k_folder), "data.limit": 25}).faults == []
 
 
 def test_a_column_of_another_name_is_taken_by_a_function_of_two_lines(tmp_path, capsys):
@@ -316,7 +336,7 @@ def test_a_column_of_another_name_is_taken_by_a_function_of_two_lines(tmp_path, 
         "    return [float(text == gold) for text, gold in zip(completions, reference)]\n\n\n"
         "def of_answer(prompts, completions, answer, **_):\n    return same(prompts, completions, answer)\n"
     )
-    assert check(f"{mine}:of_answer").problems == []
+    assert check(f"{mine}:of_answer").faults == []
     assert main(["reward", "test", f"{mine}:same", "--data.limit", "3"]) == 1
     assert "Wrap it in a function of two lines" in capsys.readouterr().err
 
@@ -341,14 +361,14 @@ def test_a_grader_of_the_last_number_and_one_that_refuses_equal_forms_are_named(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"data.name": str(tmp_path / "rows.jsonl")}
     found = check(f"{tmp_path}/graders.py:last_number", **data)
-    assert "it is not the answer: 3 of 3 get full marks" in found.notes
-    assert {s.completion for s in found.surprises if s.kind == "denied"} >= {"It is not 42."}
+    assert "it is not the answer: 3 of 3 get full marks" in notes(found)
+    assert {s.completion for s in cases(found) if s.kind == "denied"} >= {"It is not 42."}
     found = check(f"{tmp_path}/graders.py:same_text", **data)
-    assert "gold, 42.0 for 42: 3 of 3 score not as it does" in found.notes
-    assert "gold, 1,000 for 1000: 2 of 2 score not as it does" in found.notes
-    assert not any("it is not the answer" in note for note in found.notes)
+    assert "gold, 42.0 for 42: 3 of 3 score not as it does" in notes(found)
+    assert "gold, 1,000 for 1000: 2 of 2 score not as it does" in notes(found)
+    assert not any("it is not the answer" in note for note in notes(found))
     good = check("gsm8k", **data)
-    assert (good.problems, good.surprises) == ([], [])
+    assert (faults(good), cases(good)) == ([], [])
     assert {kind: full for kind, full in kinds(good).items() if full} == {
         **{"gold": 3, "padded": 3, "followed": 3},
         **{"decimal": 3, "grouped": 2},
@@ -406,18 +426,18 @@ def test_a_judge_shows_its_cost_what_was_kept_and_what_failed():
         arguments |= {"retries": 1, "backoff_s": 0.001}
         found = check("judge", arguments=arguments, **{"data.limit": 3, "reward.on_error": "drop_sample"})
         shown = StringIO()
-        show_check(found, Terminal(file=shown, width=200))
+        show(found, Terminal(file=shown, width=200))
         with pytest.raises(RewardError, match=r"fails on row 1 .*the verdict is no JSON"):
             check("judge", arguments=arguments, **{"data.limit": 3})
     empty = 3 * 2 + 1  # nothing, only spaces, and one hostile text that ends with the marks
     assert len(found.failures) == empty
-    assert found.problems[0].startswith(f"{empty} completions failed; the first: reward 'judge' failed on prompt")
+    assert faults(found)[0].startswith(f"{empty} completions failed; the first: reward 'judge' failed on prompt")
     asked = sum(kind.count for kind in found.kinds)
     kept = found.logged["judge_cached"]
     assert found.logged["judge_retries"] == empty
     assert found.logged["judge_tokens"] == 7 * (asked - kept + empty)
     assert f"judge_tokens {found.logged['judge_tokens']:g}" in shown.getvalue()
-    assert f"problem: {empty} completions failed" in shown.getvalue()
+    assert f"error reward-fails: {empty} completions failed" in shown.getvalue()
     assert "abstained" not in shown.getvalue()
 
 
@@ -451,10 +471,10 @@ def test_a_bare_answer_becomes_a_completion_by_a_template(bare):
     function = f"{bare / 'tagged.py'}:exact"
     data = {"data.name": str(bare / "bare.jsonl")}
     plain = check(function, **data)
-    assert plain.problems == ["gold solution: 12 of 12 miss full marks"]
-    assert any("bare answers such as '1'" in note and "--template" in note for note in plain.notes)
+    assert faults(plain) == ["gold solution: 12 of 12 miss full marks"]
+    assert any("bare answers such as '1'" in note for note in notes(plain))
     filled = check(function, **data, template="So:\n<answer>{answer}</answer>")
-    assert filled.problems == []
+    assert faults(filled) == []
     assert {kind: full for kind, full in kinds(filled).items() if full}.keys() == {
         "gold",
         "padded",
@@ -462,7 +482,7 @@ def test_a_bare_answer_becomes_a_completion_by_a_template(bare):
         "hedged",
     }
     formed = check(f"{bare / 'tagged.py'}:formed", **data, template="So:\n<answer>{answer}</answer>")
-    assert "the template, no answer: 12 of 12 get full marks" in formed.problems
+    assert "the template, no answer: 12 of 12 get full marks" in faults(formed)
 
 
 def test_a_template_without_a_place_for_the_answer_is_refused(capsys):

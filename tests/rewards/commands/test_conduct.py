@@ -56,7 +56,8 @@ def file(tmp_path_factory):
 
 def problems(function, *allowed, **options):
     config = load(RewardTestConfig, None, {"data.limit": 2, **options})
-    return check_conduct(str(function), config, ("hash_seed", *allowed)).problems
+    check = check_conduct(str(function), config, ("hash_seed", *allowed))
+    return [finding.evidence for finding in check.faults]
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_in_training_and_evaluation_and_the_record_replays_them(run, source):
     assert (found.failures, found.changes) == ([], [])
     options = {"data.task_options.levels": [1], "data.limit": 3, "shaping": True, "arguments": {"expected": "user"}}
     config = load(RewardTestConfig, None, options)  # where the question is the user's message
-    assert check_reward(f"chat:{source}:roles", config).problems == []
+    assert check_reward(f"chat:{source}:roles", config).faults == []
 
 
 def test_the_dry_run_sees_the_rendered_format_string_and_the_messages_of_a_chat(source, tmp_path):

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from rewards import RewardError, RewardSpec, Scorer
+from rewards.episode_trace import _in_its_form
 from rewards.forms.verifiers import as_verifiers, reward_of
 from tests.cases import rubric_form
 
@@ -186,3 +187,18 @@ def test_a_task_of_verifiers_is_a_reward_and_ours_is_a_reward_of_a_task(tmp_path
     case = f"verifiers:{Path(__file__).parents[2] / 'cases/verifiers_task.py'}:CountTask"
     with pytest.raises(RewardError, match="task CountTask needs the state of its tools"):
         Scorer([RewardSpec(case)], timeout_s=60)
+
+
+def test_results_of_tools_are_those_of_their_own_calls():
+    """Whatever their order; arguments that are text already stay as they are."""
+    calls = [{"id": name, "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in "ba"]
+    asked, *told = _in_its_form([{"role": "assistant", "content": "", "tool_calls": calls}, *results])
+    assert [(call["id"], call["arguments"]) for call in asked["tool_calls"]] == [("a", '{"at": 1}'), ("b", '{"at": 1}')]
+    assert [result["tool_call_id"] for result in told] == ["b", "a"]
+    unnamed = [{"function": {"name": "look", "arguments": {"at": place}}} for place in (1, 2)]
+    plain = [{"role": "tool", "content": text} for text in ("first", "second", "third")]
+    asked, *told = _in_its_form([{"role": "assistant", "content": "", "tool_calls": unnamed}, *plain])
+    assert [call["arguments"] for call in asked["tool_calls"]] == ['{"at": 1}', '{"at": 2}']
+    made = [call["id"] for call in asked["tool_calls"]]
+    assert [result["tool_call_id"] for result in told] == [*made, "none"]

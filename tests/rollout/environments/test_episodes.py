@@ -218,6 +218,14 @@ def test_a_group_begins_alike_and_then_each_rollout_has_its_own_randomness(engin
     assert said(0) == said(0)
 
 
+def test_contract_4_the_last_samples_of_a_group_are_the_same_without_the_first(engine, sampled):
+    """Their environments are seeded by the place in the group, as their noise is."""
+    last = [replace(prompt, first_sample=2) for prompt in PROMPTS]
+    alone = engine.sample(last, replace(EPISODES, group_size=EPISODES.group_size - 2))
+    expected = [replace(group, completions=group.completions[2:]) for group in sampled]
+    assert [each.token_ids for each in completions(alone)] == [each.token_ids for each in completions(expected)]
+
+
 def test_what_happened_is_recorded(sampled):
     for completion in completions(sampled):
         stats, calls = completion.tools, [m for m in completion.turns if m.get("tool_calls")]

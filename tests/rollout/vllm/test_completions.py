@@ -1,6 +1,7 @@
 """vLLM's answers as completions: reasons, seeds, and drafts counted as our engine counts them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,14 @@ def test_two_turns_are_one_completion():
     assert whole.logprobs == [-1.0, -2.0, -0.5, 0.0, 0.0, -0.1, -0.1, -0.1, -0.1]
     assert (whole.finish_reason, whole.policy_version) == ("length", 4)
     assert whole.draft == DraftStats(2, [2, 2], [2, 1], depths=[0, 1, 0, 0, 0, 0, 1, 2, 0])
+
+
+def test_the_seed_counts_from_the_first_sample_and_from_the_start_of_the_completion():
+    """As the noise of our own engine does: a request for the fourth sample is that of a group's fourth."""
+    params = SamplingParams(max_completion_tokens=20, seed=3)
+    fourth = Row(Prompt("a", "", [9]), 3, 0).request(params)
+    assert Row(Prompt("a", "", [9], first_sample=3), 0, 0).request(params) == fourth
+    assert Row(Prompt("a", "", [9]), 3, 0).request(replace(params, start=5))[1] == seed_of(params, "a", 3, at=5)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 bugs of public trackers are described."""
 
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -20,9 +21,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from grpo.cli.commands import check as check_module
-from grpo.cli.commands.check import COMPARED, EXACT, TRANSFORMERS, WHAT_TO_DO, Row, examine, examine_text
+from grpo.cli.commands.check import COMPARED, EXACT, TRANSFORMERS, Row, examine, examine_text
 from grpo.cli.parse import main
 from policies.presets import small_tokenizer
+from rewards.kinds import ERROR, KINDS, NOTE, sections
 
 STEPS = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|end|>\n' }}{% endfor %}"
 BEGINS = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -408,7 +410,7 @@ def test_a_broken_model_is_named_in_its_line(without_trl, monkeypatch, line, kin
     _only(monkeypatch, line)
     named = next(row for row in examine(config) if row.name == line)
     assert named.wrong == [TRANSFORMERS]
-    assert named.advice == WHAT_TO_DO[line]
+    assert (named.finding.severity, named.finding.change) == (ERROR, KINDS[named.kind].change)
 
 
 def _packing(patch: pytest.MonkeyPatch, convolution: bool, state: bool) -> list[Row]:
@@ -452,7 +454,7 @@ def test_a_state_that_leaks_between_packed_rows_is_named(without_trl, monkeypatc
             rows = _packing(patch, convolution, state)
         assert _wrong(rows) == ({} if convolution and state else {PACKED: [TRANSFORMERS]})
         [packed] = [row for row in rows if row.name == PACKED]
-        assert packed.advice.startswith("do not pack rows (TRL: packing=False") or not packed.wrong
+        assert not packed.wrong or packed.finding.change.startswith("do not pack rows (TRL: packing=False")
 
 
 @pytest.mark.slow
@@ -479,7 +481,7 @@ def test_bugs_of_recurrent_states_are_named(without_trl, monkeypatch):
     _only(monkeypatch, "short time steps", "prefill + decode = whole forward")
     rows = {row.name: row for row in examine(zoo.tiny_config("nemotron_h", time_step_min=0.001))}
     assert _wrong(rows.values()) == {"short time steps": [TRANSFORMERS]}
-    assert "time_step_min" in rows["short time steps"].advice
+    assert "time_step_min" in rows["short time steps"].finding.change
     assert _wrong(examine(zoo.tiny_config("nemotron_h"))) == {}
 
 
@@ -510,7 +512,9 @@ def test_a_broken_template_is_named_in_its_line(line, template, words):
     named = next(row for row in examine_text(tokenizer, []) if row.name == line)
     assert named.values[TRANSFORMERS].startswith(words)
     assert named.wrong == [TRANSFORMERS]
-    assert line != "template" or named.advice.startswith(("mend chat_template.jinja", WHAT_TO_DO["template"]))
+    assert line != "template" or named.finding.change.startswith(
+        ("mend chat_template.jinja", KINDS["chat-template"].change)
+    )
 
 
 def test_a_tokenizer_that_changes_text_is_named_and_what_is_only_worth_knowing_is_not_wrong():
@@ -534,10 +538,12 @@ def test_what_is_worth_knowing_of_a_template_is_said():
     tokenizer.chat_template = "{{ bos_token }}{{ strftime_now('%d %b %Y') }}" + STEPS + BEGINS
     row = examine_text(tokenizer, [])[0]
     assert (row.values["transformers"], row.wrong) == ("keeps turns", [])
-    assert row.advice == "its prompt has the time of now: give date_string in data.chat_template_kwargs"
+    assert row.finding.change == "its prompt has the time of now: give date_string in data.chat_template_kwargs"
     begins = [(tokenizer.bos_token, tokenizer.bos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=begins)
-    assert examine_text(tokenizer, [])[0].advice.endswith("add_special_tokens=False, else '<|end|>' comes twice")
+    assert examine_text(tokenizer, [])[0].finding.change.endswith(
+        "add_special_tokens=False, else '<|end|>' comes twice"
+    )
 
 
 def test_a_folder_with_a_configuration_alone_has_no_tokenizer(tmp_path, monkeypatch):
@@ -563,8 +569,8 @@ def test_experts_are_replayed_where_quartet_records_them(without_trl, monkeypatc
     _only(monkeypatch)
     [flips] = [row for row in examine(zoo.tiny_config(kind, **experts)) if row.name == "router flips"]
     assert flips.values[TRANSFORMERS] != "0% of tokens"
-    assert ("learner.routing_replay" in flips.advice) == records
-    assert "dtype: float32" in flips.advice
+    assert ("learner.routing_replay" in flips.finding.change) == records
+    assert "dtype: float32" in flips.finding.change
 
 
 def test_weights_that_config_json_contradicts_are_named(hf_policy, tmp_path, monkeypatch):
@@ -575,7 +581,7 @@ def test_weights_that_config_json_contradicts_are_named(hf_policy, tmp_path, mon
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
     [row] = [row for row in check_module.check(str(tmp_path)) if row.wrong]
     assert (row.name, row.wrong) == ("weights", ["quartet"])
-    assert "an LM head that differs from the embedding; set it to false" in row.advice
+    assert "an LM head that differs from the embedding; set it to false" in row.finding.change
 
 
 def test_ids_that_the_embedding_has_not_and_letters_that_change_are_named():
@@ -583,7 +589,7 @@ def test_ids_that_the_embedding_has_not_and_letters_that_change_are_named():
     row = examine_text(tokenizer, [], vocabulary=200)[1]
     assert "is not in the embedding, of 200 tokens" in row.values["transformers"]
     assert row.wrong
-    assert "set vocab_size in config.json" in row.advice
+    assert "set vocab_size in config.json" in row.finding.change
     for change in (normalizers.Lowercase(), normalizers.Strip()):
         tokenizer.backend_tokenizer.normalizer = change
         assert examine_text(tokenizer, [], vocabulary=300)[1].wrong
@@ -629,12 +635,23 @@ def test_the_command_writes_a_table_and_json_and_ends_with_1_where_something_is_
     assert shown.startswith("loading")
     assert "prefill + decode" in shown
     written = json.loads(out.read_text())
-    assert written["right"]
-    assert [row["name"] for row in written["rows"]][-3:] == ["template", "round trip", "stop and pad"]
+    assert all(finding["severity"] == NOTE for finding in written["findings"])
+    assert [row["compared"] for row in written["tables"]["differences"]][-3:] == [
+        "template",
+        "round trip",
+        "stop and pad",
+    ]
     _only(monkeypatch, "prefill + decode = whole forward")
     _entry_overwritten(monkeypatch)
     assert main(["check", str(tmp_path / "model"), "--layers", "2"]) == 1
-    assert "WRONG" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "WRONG" in shown
+    assert "1. error prefill-decode-whole-forward: " in shown
+
+
+def test_each_row_has_a_kind():
+    names = {*COMPARED, *re.findall(r'Row\("([^"]+)"\)', inspect.getsource(check_module)), "own code"}
+    assert {Row(name).kind for name in names} == {*sections()["Architectures"], "round-trip"}
 
 
 @pytest.mark.parametrize(

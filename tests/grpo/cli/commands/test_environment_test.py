@@ -10,11 +10,12 @@ from io import StringIO
 import pytest
 
 from grpo.cli.commands import environment_test as module
-from grpo.cli.commands.environment_test import AFTER_BAD_CALLS, EMPTY, GOLD, ODD, Stage, check_environment, show_check
+from grpo.cli.commands.environment_test import AFTER_BAD_CALLS, EMPTY, GOLD, ODD, Stage, check_environment
 from grpo.cli.config.environment_test import EnvironmentTestConfig
 from grpo.cli.parse import main
 from policies.presets import small_tokenizer
 from rewards import RewardError
+from rewards.commands.printer import show
 from rewards.config.options import load
 from rewards.console import Terminal
 from rewards.isolation import pool
@@ -191,7 +192,7 @@ def tried(folder, monkeypatch):
 
 def test_an_honest_environment_passes_with_max_score_for_its_demonstration(tried):
     check = tried("Number", **{"data.limit": 3})
-    assert (check.problems, check.printed, set(check.differing.values())) == ([], "", {0})
+    assert (check.faults, check.printed, set(check.differing.values())) == ([], "", {0})
     gold, after, empty, bad, *_, endless = check.scripts.values()
     assert (gold["mean"], gold["full"], gold["episodes"], gold["ended"]) == (1.0, 6, 6, {"environment": 6})
     assert (after["mean"], after["refused"], after["calls"]) == (1.0, 24, gold["calls"])
@@ -205,29 +206,31 @@ def test_an_honest_environment_passes_with_max_score_for_its_demonstration(tried
         ("Free", [GOLD, EMPTY], "empty turn: 2 of 2 episodes get full marks"),
         ("Never", [GOLD], "demonstration: 2 of 2 episodes miss full marks"),
         ("Fragile", [GOLD, AFTER_BAD_CALLS], "after bad calls: the rewards are not those of the demonstration alone"),
-        ("NaN", [GOLD], "demonstration: 2 of 2 episodes fail, first on .*/0: get_reward gives nan"),
-        ("Leaks", [GOLD], "an episode goes another way one after the other: demonstration, on .*/0: .* after"),
-        ("Shares", [GOLD], "an episode goes another way made anew for each turn: demonstration, on .*/0: .* guess 2"),
+        ("NaN", [GOLD], "demonstration: 2 of 2 episodes fail: get_reward gives nan .*/0"),
+        ("Leaks", [GOLD], "an episode goes another way one after the other: demonstration: .* after.*/0"),
+        ("Shares", [GOLD], "an episode goes another way made anew for each turn: demonstration: .* guess 2"),
         ("Differs", [GOLD], "reset: .*reset gave the rollouts of one group different texts"),
     ],
 )
 def test_what_an_environment_does_wrong_is_named(tried, name, scripts, words):
     check = tried(name, *scripts)
-    assert any(re.search(words, problem) for problem in check.problems), check.problems
+    lines = [f"{fault.evidence} {fault.where}" for fault in check.faults]
+    assert any(re.search(words, line) for line in lines), lines
 
 
 def test_a_tool_that_raises_is_told_and_no_problem(tried):
     check = tried("Raises", GOLD, ODD)
-    assert check.problems == []
+    assert check.faults == []
     assert sum(script["raised"] for script in check.scripts.values()) > 0
 
 
 def test_a_tool_that_hangs_is_named_with_its_line_and_is_not_tried_in_every_row(tried):
     check = tried("Hangs", ODD, program_timeout_s=0.3)
-    [problem] = check.problems
+    problem = check.faults[0].evidence
+    assert len(check.faults) == 1
     assert "1 of 2 episodes fail" in problem or "2 of 2 episodes fail" in problem
     assert "timeout: no result after 0.3 s, stuck at own.py" in problem
-    assert "other scripts and rows were left out after this failure" in check.notes
+    assert check.facts["left out"] == "other scripts and rows, after a failure"
 
 
 @pytest.mark.parametrize("name", ["BeginsUnordered", pytest.param("Unordered", marks=pytest.mark.slow)])
@@ -241,8 +244,7 @@ def test_an_order_that_depends_on_the_hash_seed_is_found(tried, monkeypatch, nam
 def test_what_is_kept_of_ended_episodes_is_found(tried, monkeypatch):
     monkeypatch.setattr(pool, "subprocess", subprocess)  # a copy would write into memory that other tests have freed
     monkeypatch.setattr("grpo.cli.commands.environment_test.MANY", 200)
-    [problem] = tried("Hoards", EMPTY).problems
-    assert "something is kept of episodes that have ended" in problem
+    assert [fault.kind for fault in tried("Hoards", EMPTY).faults] == ["memory-leak"]
 
 
 def test_the_memory_of_other_children_is_not_counted(folder):
@@ -260,8 +262,8 @@ def test_the_memory_of_other_children_is_not_counted(folder):
 
 def test_a_tool_alone_can_be_tried(tried):
     check = tried("double", EMPTY, ODD)
-    assert (check.problems, check.tools) == ([], ["double"])
-    assert "nothing shows that full marks can be had" in check.notes[0]
+    assert (check.faults, check.tools) == ([], ["double"])
+    assert check.notes[0].kind == "not-shown"
 
 
 def test_what_cannot_be_loaded_is_refused(tried):
@@ -275,18 +277,18 @@ def test_the_command_prints_a_table_writes_json_and_exits_by_what_it_found(folde
     words = ["environment", "test", "--data", str(folder / "rows.jsonl"), "--data.limit", "1"]
     out = tmp_path / "out.json"
     assert main([*words, f"{folder}/own.py:Free", "--json", str(out)]) == 1
-    assert "FAILED" in capsys.readouterr().out
+    assert "1. error wrong-accepted: empty turn" in capsys.readouterr().out
     assert json.loads(out.read_text())["scripts"]["empty turn"]["full"] == 2
     assert main(["environment", "test", "word_game", "--data", "word_game", "--data.limit", "1"]) == 0
     shown = capsys.readouterr().out
-    assert "passed" in shown
+    assert "played one after the other: the same" in shown
     assert "tools: guess" in shown
 
 
 def test_a_narrow_terminal_shows_every_script_and_printing_is_a_note(tried):
     shown = StringIO()
     check = tried("Prints", GOLD, EMPTY, ODD)
-    show_check(check, Terminal(file=shown, width=80))
+    show(check, Terminal(file=shown, width=80))
     assert all(script in shown.getvalue() for script in check.scripts)
-    assert "note: it prints: 'scored 1.0" in shown.getvalue()
-    assert check.problems == []
+    assert "note prints: it prints: 'scored 1.0" in shown.getvalue()
+    assert check.faults == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import doctest
-import io
 import json
 import re
 import runpy
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from small_learner import small_learner, term_of
 
 from grpo.cli.commands import machine, memory, memory_table, shares
@@ -195,7 +193,7 @@ def test_a_teacher_is_held_whole_on_every_rank(hf_policy, random_policy, tmp_pat
     [with_it] = MemoryOfRun(shape, True, options(TrainConfig, dtype, **given)).devices()
     [without] = MemoryOfRun(shape, True, options(TrainConfig, dtype)).devices()
     assert with_it.peak - without.peak == with_it.teacher > 0
-    assert [row for row in memory_table.table([replace(with_it, teacher=2**30)]).columns[0].cells if "teacher" in row]
+    assert [row for row in memory_table.rows([replace(with_it, teacher=2**30)]) if "teacher" in row["part"]]
     warm = MemoryOfRun(shape, True, options(TrainConfig, dtype, **given | {"sft.steps": 1})).devices()[0]
     assert (warm.name, warm.teacher) == ("SFT stage", 0)
     elsewhere = options(TrainConfig, dtype, **given | {"distill.teacher": f"{folder}@http://127.0.0.1:9/v1"})
@@ -329,11 +327,9 @@ def test_each_kind_of_device_has_a_column(random_policy):
     (taught,) = MemoryOfRun(shape, True, options(MtpConfig)).devices()
     head = sum(p.numel() for p in random_policy().mtp.parameters())
     assert (taught.gradients, taught.moments, taught.masters) == (4 * head, 8 * head, 0)
-    console = Console(record=True, width=120, file=io.StringIO())
-    console.print(memory_table.table([warm, learner, worker]))
-    shown = console.export_text()
-    assert "each of 4 workers" in shown
-    assert "reference" not in shown
+    rows = memory_table.rows([warm, learner, worker])
+    assert "each of 4 workers" in rows[0]
+    assert not any("reference" in row["part"] for row in rows)
 
 
 def test_docstring_examples():

@@ -17,6 +17,7 @@ from grpo.config.run import TrainConfig
 from grpo.run.stop import Stopped
 from policies.cut import cut
 from rewards.config.options import load
+from rewards.kinds import NOTE
 from rollout.group import Prompt
 
 CHATML = (
@@ -77,7 +78,7 @@ def _config(folder_of_model: Path, folder: Path, **options) -> TrainConfig:
 
 
 def _worst(result: Rehearsal) -> list[str]:
-    return [f"{found.effect} {found.key}: {found.what}" for found in result.findings if found.effect != "warns"]
+    return [f"{found.severity} {found.where[0]}: {found.evidence}" for found in result.faults]
 
 
 def _reward(folder: Path, text: str, name: str = "reward") -> list[dict[str, str]]:
@@ -95,7 +96,7 @@ def test_a_run_of_several_sources_is_rehearsed(bare_model, tmp_path):
     ]
     config = {"data": sources, "rewards": [{"function": "gsm8k"}]}
     result = rehearse(_config(bare_model, tmp_path, **config))
-    assert [found for found in _worst(result) if found.startswith("ends")] == []
+    assert [found for found in _worst(result) if found.startswith("error")] == []
     assert len(result.steps) == 2
 
 
@@ -104,8 +105,8 @@ def test_a_slow_reward_ends_nothing_and_matters_for_large_batches(bare_model, tm
     result = Rehearsal("tiny")
     config = _config(bare_model, tmp_path, **{"prompts_per_step": prompts, "rollout.group_size": 8})
     module.look_at_time(result, config, (1000, 1000), [Prompt("a", "", [1] * 20)], (0.025, 0.025))
-    found = [each for each in result.findings if "batch takes" in each.what]
-    assert [each.effect for each in found] == ["warns"] * late
+    found = [each for each in result.findings if "batch takes" in each.evidence]
+    assert [each.severity for each in found] == [NOTE] * late
 
 
 def test_a_sound_run_takes_two_steps_without_weights_and_nothing_is_wrong(bare_model, tmp_path):
@@ -126,27 +127,30 @@ def test_numbers_that_spoil_a_run_are_named_all_at_once(bare_model, tmp_path, no
         "rollout.temperature": 0.01,
     }
     assert {line.partition(";")[0] for line in _worst(rehearse(_config(bare_model, tmp_path, **options)))} == {
-        "spoils rollout.max_completion_tokens: 60 of 60 gold solutions have more than 8 tokens (the longest 25)",
-        "spoils steps: 4000 steps read the data 267 times",
-        "spoils learner.warmup_steps: 4000 steps of warm-up in a run of 4000 never end at 1e-06",
-        "spoils rollout.temperature: at 0.01 a group has zero variance, and teaches nothing",
+        "warning rollout.max_completion_tokens: 60 of 60 gold solutions have more than 8 tokens (the longest 25)",
+        "warning steps: 4000 steps read the data 267 times",
+        "warning learner.warmup_steps: 4000 steps of warm-up in a run of 4000 never end at 1e-06",
+        "warning rollout.temperature: at 0.01 a group has zero variance, and teaches nothing",
     }
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"rollout.max_completion_tokens": 250}, "ends rollout.max_completion_tokens: .*pass the policy's context"),
-        ({"data.limit": 3}, "ends prompts_per_step: .*there are 3 training examples"),
-        ({"eval.every": 5, "eval.limit": 0}, "ends eval.limit: eval.limit=0 with eval.every=5: that evaluates nothing"),
-        ({"model": "OWNER/nowhere"}, "ends model: .*nor a reachable hub id"),
+        ({"rollout.max_completion_tokens": 250}, "error rollout.max_completion_tokens: .*pass the policy's context"),
+        ({"data.limit": 3}, "error prompts_per_step: .*there are 3 training examples"),
+        (
+            {"eval.every": 5, "eval.limit": 0},
+            "error eval.limit: eval.limit=0 with eval.every=5: that evaluates nothing",
+        ),
+        ({"model": "OWNER/nowhere"}, "error model: .*nor a reachable hub id"),
         (
             {"device": "cuda:7", "rollout.backend": "vllm", "rollout.workers": 1},
-            "ends rollout.workers: .*vLLM is one server",
+            "error rollout.workers: .*vLLM is one server",
         ),
         pytest.param(
             {"rollout.backend": "vllm", "rollout.vllm.engine": {"max_model_len": 90}},
-            r"ends rollout.vllm.engine: max_model_len=90 holds no prompt of \d+ tokens and a completion of 100",
+            r"error rollout.vllm.engine: max_model_len=90 holds no prompt of \d+ tokens and a completion of 100",
             marks=pytest.mark.slow,
         ),
     ],
@@ -162,19 +166,19 @@ def test_what_would_end_a_run_is_named_by_key(bare_model, tmp_path, no_steps, op
         ("def reward(completions, reference, **_):\n    return [1.0] * len(completions)\n", "reference"),
         (
             "def reward(completions, **_):\n    return [0.0] * len(completions)\n",
-            "spoils rewards: a right answer scores 0",
+            "error rewards: a right answer scores 0",
         ),
-        ("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n", "spoils "),
+        ("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n", "error "),
         (
             "def reward(completions, **_):\n    return [1 / len(c) for c in completions]\n",
-            "ends rewards: reward 'reward' f",
+            "error rewards: reward 'reward' f",
         ),
-        ("def reward(completions, **_):\n    return [1.0]\n", "ends "),
+        ("def reward(completions, **_):\n    return [1.0]\n", "error "),
         pytest.param(
             "import re\ndef reward(completions, answer, **_):\n"
             "    found = [re.search(r'<answer>(.*?)</answer>', c) for c in completions]\n"
             "    return [float(bool(f) and f[1] == a.split('#### ')[1]) for f, a in zip(found, answer)]\n",
-            "spoils data.template: right answers score 1 with <answer> and 0 as the data have them",
+            "warning data.template: right answers score 1 with <answer> and 0 as the data have them",
             marks=pytest.mark.slow,
         ),
     ],
@@ -231,7 +235,7 @@ def test_a_template_that_is_applied_twice_and_a_model_that_thinks(chat_model, tm
     options = {"data.name": str(data), "data.template": "chat", "eval.limit": 0, "data.limit": None}
     found = _worst(rehearse(_config(chat_model, tmp_path, **options)))
     assert any("10 of 10 questions hold marks of the chat template" in line for line in found), found
-    assert any(line.startswith("spoils rollout.max_completion_tokens: the model thinks") for line in found), found
+    assert any(line.startswith("warning rollout.max_completion_tokens: the model thinks") for line in found), found
 
 
 def test_a_sentence_that_is_said_twice_and_a_tool_that_always_raises(bare_model, tmp_path, no_steps):
@@ -242,9 +246,9 @@ def test_a_sentence_that_is_said_twice_and_a_tool_that_always_raises(bare_model,
     options = {"tools": [f"{file}:look_up", f"{file}:say"], "data.template": f"{said} {{question}} {said}\n"}
     result = rehearse(_config(bare_model, tmp_path, **options))
     assert "raised 0 of 3" in result.facts["tools"]["say"]
-    lines = [f"{finding.effect} {finding.key}: {finding.what}" for finding in result.findings]
-    assert f"warns data.template: every prompt says twice '{said}'" in lines
-    assert any(line.startswith("warns tools: look_up raised at every one of 3 calls: {'error': ") for line in lines)
+    lines = [f"{each.severity} {each.where}: {each.evidence}" for each in result.findings]
+    assert f"note ('data.template',): every prompt says twice '{said}'" in lines
+    assert any(line.startswith("note ('tools',): look_up raised at every one of 3 calls: {'error': ") for line in lines)
 
 
 def test_a_message_names_its_option():
@@ -254,7 +258,7 @@ def test_a_message_names_its_option():
     assert key_of("the disk is full") == ""
 
 
-def test_the_command_prints_the_worst_last_and_ends_with_1(bare_model, tmp_path, no_steps, capsys):
+def test_the_command_prints_the_worst_first_and_ends_with_1(bare_model, tmp_path, no_steps, capsys):
     words = ["rehearse", "--model", str(bare_model), "--output_dir", str(tmp_path / "run")]
     words += [
         "--data.task_options.levels",
@@ -268,10 +272,10 @@ def test_the_command_prints_the_worst_last_and_ends_with_1(bare_model, tmp_path,
     ]
     assert main(words) == 1
     shown = capsys.readouterr().out
-    assert "spoils  rollout.max_completion_tokens: " in shown.splitlines()[-3]
+    assert "1. warning gold-truncated: " in shown
+    assert "   At: rollout.max_completion_tokens" in shown
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written["wrong"] is True
-    assert {"effect", "key", "what", "advice"} == set(written["findings"][0])
+    assert len(written["findings"]) == len(re.findall(r"^[0-9]+\. ", shown, re.MULTILINE))
     assert main(["rehearse", "--output_dir", "x", "--rollout.groupsize", "4"]) == 1
     assert "did you mean rollout.group_size?" in capsys.readouterr().out
 
@@ -299,7 +303,9 @@ def test_a_run_goes_on_after_every_fault(bare_model, tmp_path):
     """With tools, whose processes are among those that die and hang."""
     options = {"environment": "calculator", "rollout.max_completion_tokens": 40, "data.template": "{question}\n"}
     result = rehearse(_config(bare_model, tmp_path, **options), faults=True)
-    assert set(result.faults) == set(rehearse_steps.FAULTS)
-    assert all(words.endswith("and the steps have the same numbers") for words in result.faults.values()), result.faults
-    assert result.faults["a full disk"].startswith("the run ends: cannot write checkpoint")
-    assert "--resume auto goes on after step 1" in result.faults["a full disk"]
+    assert set(result.disturbed) == set(rehearse_steps.FAULTS)
+    assert all(words.endswith("and the steps have the same numbers") for words in result.disturbed.values()), (
+        result.disturbed
+    )
+    assert result.disturbed["a full disk"].startswith("the run ends: cannot write checkpoint")
+    assert "--resume auto goes on after step 1" in result.disturbed["a full disk"]

@@ -187,18 +187,18 @@ def test_the_summary_says_nothing_of_a_gain_that_needs_no_word_and_survives_a_da
     assert "not known" in shown.export_text()
 
 
-def _dry_run(shown: Console, config) -> dict[str, str]:
-    summary.dry_run(config)
-    cells = re.findall(r"│ (.+?) +│ (.+?) +│", shown.export_text())
-    return dict(cells)
+def _dry_run(config) -> dict[str, str]:
+    report = summary.dry_run(config)
+    parts = dict.fromkeys(row["part"] for row in report.tables["memory in GiB, by device"])
+    return report.facts | parts | {finding.kind: finding.change for finding in report.findings}
 
 
 def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_config, micro_preset, tmp_path):
     shown.width = 200
     given = {"eval.limit": 7, "steps": 5, "learner.updates_per_batch": 2, "rollout.group_size": 3}
     given |= {"sft.schedule": "constant", "learner.schedule": "linear"}
-    rows = _dry_run(shown, micro_config(tmp_path / "r", **given))
-    assert "sft.schedule: linear" in rows["first decay of the rate"]
+    rows = _dry_run(micro_config(tmp_path / "r", **given))
+    assert "sft.schedule: linear" in rows["rate-decay"]
     assert rows["training examples"] == "24 (word_problems, train)"
     assert rows["held-out examples"] == "7"
     assert rows["SFT stage"] == "3 steps × 4 examples"
@@ -210,7 +210,7 @@ def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(shown, micro_co
     assert {"weights", "AdamW moments", "at most, about", "disk: checkpoints", "disk: policies"} <= rows.keys()
     assert rows["disk: checkpoints"].endswith("(5 kept)")  # every step, keep: null
     given = {"model": micro_preset, "output_dir": tmp_path / "r", "data.task_options.levels": [1]}
-    rows = _dry_run(shown, load(SftConfig, None, given))
+    rows = _dry_run(load(SftConfig, None, given))
     assert rows["SFT stage"] == "200 steps × 16 examples"
     assert "steps" not in rows
     assert not list(tmp_path.iterdir())
@@ -220,8 +220,8 @@ def test_a_dry_run_knows_the_size_of_checkpoints_and_adapters(shown, micro_confi
     """Against a real learner; the estimate's vocabulary is the preset's. The MTP head is saved beside the adapters."""
     shown.width = 160
     given = {"sft.schedule": "linear", "learner.schedule": "linear"}
-    rows = _dry_run(shown, micro_config(tmp_path / "r", **{"lora.rank": 4, "steps": 7, "checkpoint.every": 3} | given))
-    assert "first decay of the rate" not in rows
+    rows = _dry_run(micro_config(tmp_path / "r", **{"lora.rank": 4, "steps": 7, "checkpoint.every": 3} | given))
+    assert "rate-decay" not in rows
     policy = micro_policy(0)
     total = sum(p.numel() for p in policy.trunk.parameters()) + 2 * 32 * (VOCABULARY - len(policy.tokenizer))
     policy.add_lora(4, 8.0)
@@ -282,7 +282,7 @@ def test_the_disk_has_room_for_the_best_and_for_an_sft_stage(micro_config, tmp_p
         run = summary.DryRun(
             micro_config(tmp_path / "r", steps=100, **{"checkpoint.every": 50, "eval.limit": 2} | given), None
         )
-        run.show()
+        run.report()
         return run.disk
 
     plain = disk()
@@ -296,8 +296,9 @@ def test_a_dry_run_holds_its_estimates_against_this_machine(shown, micro_config,
     def told(total, free, room):
         monkeypatch.setattr(machine, "main_memory", lambda: (total * machine.GIB, free * machine.GIB))
         monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=room * machine.GIB))
-        summary.dry_run(micro_config(tmp_path / "new/run"))
-        return [line for line in shown.export_text().splitlines() if line.startswith(("memory: ", "disk at "))]
+        report = summary.dry_run(micro_config(tmp_path / "new/run"))
+        fitting = [f"{name}: {words}" for name, words in report.facts.items() if name[:7] in ("memory", "disk at")]
+        return sorted([*fitting, *(finding.evidence for finding in report.faults)], reverse=True)
 
     memory, disk = told(total=16, free=8, room=7)
     assert re.fullmatch(r"memory: fits: about .+ GiB are needed, there are 16\.0 GiB, 8\.0 GiB of them free", memory)

@@ -89,11 +89,11 @@ def test_every_script_of_trls_converts_or_is_refused(copied_scripts, hf_policy, 
         main(["rehearse", *words, "--json", "rehearsal.json", "--threads", "1"])
         capsys.readouterr()
         findings = json.loads(Path("rehearsal.json").read_text())["findings"]
-        worst = [each for each in findings if each["effect"] != "warns"]
+        worst = [each for each in findings if each["severity"] != "note"]
         lines.append(f"{script.name:30} converts; {len(worst)} findings and {len(findings) - len(worst)} warnings")
         for finding in worst:
-            lines.append(f"{'':30} {finding['effect']} {finding['key'] or 'run'}: {finding['what'][:200]}")
-            if not re.search(TRUE.get(script.name, "nothing"), finding["what"]):
+            lines.append(f"{'':30} {finding['severity']} {finding['kind']}: {finding['evidence'][:200]}")
+            if not re.search(TRUE.get(script.name, "nothing"), finding["evidence"]):
                 false.append(lines[-1])
     with capsys.disabled():
         print("", *lines, sep="\n")

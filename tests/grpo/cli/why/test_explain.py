@@ -14,7 +14,7 @@ import zstandard
 from grpo.cli.parse import main
 from grpo.cli.why import explain as explaining
 from grpo.cli.why.explain import explain, read_alternative
-from grpo.cli.why.report import answer, opponents
+from grpo.cli.why.report import opponents, report
 from grpo.cli.why.rewind import Rewind, difference, read_config
 from grpo.learner.learner import Learner
 from grpo.learner.terms import draft_head
@@ -121,7 +121,7 @@ def test_a_flipped_reward_is_the_first_thing_named(micro_config, tmp_path, flipp
     sabotaged = explain(tmp_path / "run", 1, groups=1)
     assert [group.cosine_with_rest > 0 for group in healthy.groups] == [True] * 4
     assert opponents(sabotaged)[0].number == flipped
-    assert answer(sabotaged)[0].startswith(f"Group {flipped} (")
+    assert report(sabotaged).findings[0].evidence.startswith(f"Group {flipped} works against")
     assert flipped not in [group.number for group in opponents(healthy)]
 
 
@@ -170,9 +170,10 @@ def test_a_step_of_tied_groups_changed_nothing(micro_config, tmp_path):
     rewards = [{"function": f"{tmp_path}/mine.py:same"}]
     train(micro_config(tmp_path / "run", **ONE, rewards=rewards))
     found = explain(tmp_path / "run", 1)
-    assert answer(found) == [
+    [said] = report(found).findings
+    assert said.evidence == (
         "Step 1 changed nothing: in each of its 4 groups all rewards are equal, so there was nothing to prefer."
-    ]
+    )
     assert found.change == 0.0
     assert all(group.effect == 0.0 for group in found.groups)
 

@@ -5,7 +5,9 @@ from dataclasses import replace
 from rich.console import Console
 
 from grpo.cli.why.explain import Alternative, Explanation, GroupPart, TokenPart
-from grpo.cli.why.report import answer, opponents, show
+from grpo.cli.why.report import answer, opponents, report
+from rewards.commands.printer import show
+from rewards.kinds import NOTE
 
 
 def part(number: int, rest: float, effect: float | None = None) -> GroupPart:
@@ -32,16 +34,16 @@ FOUND = Explanation(
 
 def shown(found: Explanation) -> str:
     console = Console(width=220, record=True)
-    show(found, console)
+    show(report(found), console)
     return console.export_text()
 
 
 def test_the_step_raised_it_because_of_the_group_that_added_most():
-    assert answer(FOUND) == [
+    assert answer(FOUND) == (
         "The step raised the log-probability of the gold solutions of 8 held-out problems by 0.25 nats per token "
         "because of group 1 (p/1) (without it the change would have been +0.125), and of group 0 (+0.05)."
-    ]
-    [lowered] = answer(replace(FOUND, after=-1.75))  # group 2 is the only one that lowered it
+    )
+    lowered = answer(replace(FOUND, after=-1.75))  # group 2 is the only one that lowered it
     assert "The step lowered" in lowered
     assert "because of group 2 (p/2) (without" in lowered
 
@@ -49,29 +51,33 @@ def test_the_step_raised_it_because_of_the_group_that_added_most():
 def test_a_group_that_works_against_the_others_is_named_first():
     found = replace(FOUND, groups=[*FOUND.groups[:3], part(3, -0.4, -0.01), part(4, -0.6), part(5, 0.0, -0.3)])
     assert [group.number for group in opponents(found)] == [4, 3, 5]  # the last: without it .55 in place of .25
-    lines = answer(found)
-    assert lines[0] == (
-        "Group 4 (p/4) works against the other groups of step 7: the cosine of its gradient with theirs is -0.60. Its "
-        "rewards are 1, 0, none: look at them first."
+    first, second, _ = report(found).findings
+    assert (first.kind, first.severity, first.where) == ("opposing-group", NOTE, ("p/4",))
+    assert first.evidence == (
+        "Group 4 works against the other groups of step 7: the cosine of its gradient with theirs is -0.60. Its "
+        "rewards are 1, 0, none."
     )
-    assert "is -0.40, and it lowered the held-out log-probability by 0.01. Its" in lines[1]
-    assert lines[3].startswith("The step raised")
+    assert "is -0.40, and it lowered the held-out log-probability by 0.01. Its" in second.evidence
+    assert report(found).title.startswith("The step raised")
     assert opponents(replace(FOUND, groups=[part(0, -0.09, -0.2)])) == []
 
 
 def test_a_step_that_changed_nothing_says_why():
     groups = [replace(part(n, 0.0), tied=True) for n in range(2)]
-    [said] = answer(replace(FOUND, updates=0, groups=groups))
-    assert (
-        said == "Step 7 changed nothing: in each of its 2 groups all rewards are equal, so there was nothing to prefer."
+    [said] = report(replace(FOUND, updates=0, groups=groups)).findings
+    assert said.evidence == (
+        "Step 7 changed nothing: in each of its 2 groups all rewards are equal, so there was nothing to prefer."
     )
-    assert answer(replace(FOUND, updates=0))[0] == "Step 7 changed nothing: every advantage was zero."
+    [said] = report(replace(FOUND, updates=0)).findings
+    assert said.evidence == "Step 7 changed nothing: every advantage was zero."
 
 
 def test_the_replay_says_how_close_it_came():
     assert "all 9 recorded metrics of the learner came out to the same bits" in shown(FOUND)
     assert "came out within 2e-05 (loss/kl)" in shown(replace(FOUND, worst="loss/kl", difference=2e-5))
-    assert "NOT THE STEP THAT WAS RECORDED" in shown(replace(FOUND, worst="loss/kl", difference=2e-3))
+    other = replace(FOUND, worst="loss/kl", difference=2e-3)
+    assert "this is not the step that was recorded" in shown(other)
+    assert [finding.kind for finding in report(other).faults] == ["step-differs"]
     assert "no metric of this step was recorded" in shown(replace(FOUND, compared=0))
     assert "norm of each update: 3; 1 of them cut to learner.max_grad_norm=1" in shown(FOUND)
     assert "from the start of the run" in shown(replace(FOUND, begins=0))
@@ -80,8 +86,7 @@ def test_the_replay_says_how_close_it_came():
 def test_one_group_is_shown_with_its_tokens_and_what_others_would_have_done():
     tokens = [TokenPart(1, 4, " \x1b[2J7", -0.1, 0.5, 0.25, 0.125, {"clip": 0.5, "truncation": 0.0})]
     found = replace(FOUND, tokens_of=1, tokens=tokens, what_if=[Alternative("loss.advantage=rloo", 2.0, None, 1, 0.5)])
-    [said] = answer(found)
-    assert said.endswith(
+    assert answer(found).endswith(
         "to which group 1 (p/1) added +0.12. Its strongest token is ' \\x1b[2J7' of completion 1, which the step "
         "lowered."
     )
