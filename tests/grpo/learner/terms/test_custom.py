@@ -19,7 +19,7 @@ from grpo.learner.terms.policy import PolicyTerm
 from grpo.learner.terms.supervised import SupervisedTerm
 from grpo.learner.terms.term import Term
 from rewards.group_score import GroupScore
-from rollout.group import RolloutGroup
+from rollout.group import Completion, Prompt, RolloutGroup, Segment
 
 OPTIONS = LearnerOptions(learning_rate=1e-3, max_grad_norm=1e9, tokens_per_micro_batch=40)
 
@@ -38,6 +38,12 @@ def gradients(learner: Learner) -> dict[str, torch.Tensor]:
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     close_to(one, other, 1e-4)
     assert any(gradient.any() for gradient in other.values())
+
+
+def logprobs_by_hand(policy, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """The log-probability of each token of a completion, by the stock model."""
+    logits = policy.trunk(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def truncated_groups() -> tuple[list[RolloutGroup], list[GroupScore]]:
@@ -130,6 +136,33 @@ def test_a_function_of_tokens_sees_no_truncated_completion_where_these_are_maske
     assert sum(counted) == sum(lengths) - masks * lengths[1]
 
 
+def test_a_loss_of_tokens_is_the_mean_over_those_in_the_loss(micro_policy):
+    """By hand, from what sampled and the advantage of each token's completion."""
+    policy, by_hand = micro_policy(0), micro_policy(0)
+    learner = learner_of(policy, LossOptions(mask_truncated_completions=True))
+    groups, scores = truncated_groups()
+    given = [[0.5, 2.0, -1.0], [0.0, 0.25, 3.0]]
+    batch = learner.prepare(groups, scores, given)
+
+    def loss(logprobs, sampling_logprobs, advantages, mask):
+        assert logprobs.shape == sampling_logprobs.shape == advantages.shape == mask.shape
+        return -advantages * (logprobs - sampling_logprobs).exp()
+
+    metrics = learner.forward_backward(batch, PerToken(loss))
+    total, tokens = torch.zeros(()), 0
+    for group, row in zip(groups, given, strict=True):
+        for completion, advantage in zip(group.completions, row, strict=True):
+            if completion.finish_reason == "length":
+                continue
+            logprobs = logprobs_by_hand(by_hand, group.prompt.token_ids, completion.token_ids)
+            total = total - (advantage * (logprobs - torch.tensor(completion.logprobs)).exp()).sum()
+            tokens += len(completion.token_ids)
+    (total / tokens).backward()
+    assert metrics[NAME] == metrics["loss/total"] == pytest.approx(total.item() / tokens, rel=1e-4)
+    expected = {name: p.grad for name, p in by_hand.trunk.named_parameters() if p.grad is not None}
+    assert_close(gradients(learner), expected)
+
+
 @pytest.mark.parametrize("loss", [lambda a, b, c, d: -a, lambda a: -torch.cat(list(a)).sum()])
 def test_a_loss_of_ones_own_teaches_where_every_advantage_is_zero(micro_policy, loss):
     learner = learner_of(micro_policy(0))
@@ -160,6 +193,75 @@ class Weights(Term):
     def scalar(self, mini, forward, work):
         rows = [self.by_index[s.index][s.start : s.start + len(s.token_ids)].tolist() for s in mini.samples]
         return (mini.padded(rows) * forward.logprobs * mini.mask).sum()
+
+
+def episodes() -> tuple[list[RolloutGroup], list[GroupScore]]:
+    """Two episodes of an agent that has rewritten its context, in two and three segments, and a plain completion. Of
+    the second one the middle segment follows the prompt of the group, so that its row comes before that of the first
+    segment."""
+    first = [Segment(0, [5, 9, 17]), Segment(3, [5, 9, 17, 21, 4, 8, 30])]
+    second = [Segment(0, [6, 2]), Segment(2, [5, 9, 17]), Segment(6, [11, 12, 13, 14, 15])]
+    lengths = {7: first, 8: second, 4: []}
+    completions = [
+        Completion([40 + 3 * i + t for t in range(n)], [-2.0] * n, "", "stop", 0, segments=segments)
+        for i, (n, segments) in enumerate(lengths.items())
+    ]
+    return [RolloutGroup(Prompt("a", "", [5, 9, 17]), completions)], [GroupScore([1.0, 0.0, 0.5], {})]
+
+
+def weighted(lists) -> torch.Tensor:
+    """Every token of every completion has a weight that no other one has."""
+    return sum(((1 + i + 0.1 * torch.arange(len(of))) * of).sum() for i, of in enumerate(lists))
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_a_loss_of_all_weighs_each_token_of_each_segment(micro_policy, with_reference):
+    """The function gets whole completions, [Lc] each, whatever rows their segments stand in, and so does the
+    reference's list; its gradient reaches the token that it belongs to."""
+    policy, reference = micro_policy(0), micro_policy(1)
+    learner = learner_of(policy, LossOptions(beta=0.1), reference=reference)
+    groups, scores = episodes()
+    batch = learner.prepare(groups, scores)
+    seen: list[list[list[float]]] = []
+
+    def own(logprobs):
+        seen.append([of.tolist() for of in logprobs])
+        return weighted(logprobs)
+
+    def against(logprobs, of_reference):
+        seen.append([of.tolist() for of in of_reference])
+        return own(logprobs)
+
+    metrics = learner.forward_backward(batch, as_term(against if with_reference else own, learner.terms[0]))
+    [group] = groups
+    for source, lists in zip([reference, policy] if with_reference else [policy], seen, strict=True):
+        for completion, values in zip(group.completions, lists, strict=True):
+            parts = completion.parts(group.prompt)
+            with torch.no_grad():
+                by_hand = [logprobs_by_hand(source, prompt, completion.token_ids[at]) for prompt, at in parts]
+            assert values == pytest.approx(torch.cat(by_hand).tolist(), abs=1e-4)
+    assert metrics[NAME] == pytest.approx(weighted([torch.tensor(of) for of in seen[-1]]).item(), rel=1e-5)
+    plain = learner_of(micro_policy(0))
+    weights = {i: 1 + i + 0.1 * torch.arange(len(c.token_ids)) for i, c in enumerate(group.completions)}
+    plain.forward_backward(plain.prepare(groups, scores), Weights(weights))
+    assert_close(gradients(learner), gradients(plain))
+
+
+def test_a_loss_of_all_gives_no_gradient_to_completions_that_it_leaves_out(micro_policy):
+    """Best of n reads some completions only; and a number that it counts is counted once, not in each micro-batch."""
+    learner, plain = learner_of(micro_policy(0)), learner_of(micro_policy(0))
+    groups, scores = groups_of(3)
+    batch = learner.prepare(groups, scores)
+    loss = as_term(lambda logprobs: -logprobs[4].sum(), learner.terms[0])
+    metrics = learner.forward_backward(batch, loss)
+    lengths = [len(c.token_ids) for group in groups for c in group.completions]
+    weights = {i: torch.full((n,), -1.0 if i == 4 else 0.0) for i, n in enumerate(lengths)}
+    plain.forward_backward(plain.prepare(groups, scores), Weights(weights))
+    assert_close(gradients(learner), gradients(plain))
+    with torch.no_grad():
+        by_hand = logprobs_by_hand(micro_policy(0), groups[1].prompt.token_ids, groups[1].completions[1].token_ids)
+    assert len(learner.waiting[0].minis) > 1
+    assert metrics[NAME] == pytest.approx(-by_hand.sum().item(), rel=1e-4)
 
 
 def test_contract_14_a_loss_of_all_gives_no_gradient_to_what_a_tool_wrote(micro_policy):
