@@ -296,6 +296,21 @@ def test_gradient_by_finite_differences(loss_type, level):
     assert torch.autograd.gradcheck(lambda x: toy_loss(x, token_ids, given, **options)[0], logits)
 
 
+def test_on_policy_every_loss_has_the_gradient_of_reinforce():
+    """r = 1: clipping is idle and ∇r = ∇log π. Sequences of one length make all the denominators agree."""
+    logits, token_ids, given = toy()
+    given |= {"mask": torch.ones_like(given["mask"]), "old_logprobs": None}
+    gradients = {}
+    for loss_type, options in LOSS_TYPES.items():
+        options = options | {"max_completion_length": 5}
+        loss, metrics = toy_loss(logits, token_ids, given, loss_type=loss_type, **options)
+        gradients[loss_type] = torch.autograd.grad(loss, logits)[0]
+        assert metrics["policy/ratio_mean"] == 1
+        assert not metrics.get("policy/clip_fraction", torch.tensor(0.0))
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, gradients["reinforce"])
+
+
 # ---- contract 10 -------------------------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -581,3 +596,25 @@ def test_a_token_without_probability_adds_nothing_and_one_that_the_teacher_lacks
     assert same.item() == pytest.approx(0, abs=1e-7)
     assert own.grad.isfinite().all()
     assert top_k_kl(own, torch.tensor([[0.5, 0.25, 0.0]]).log()).item() > 400
+
+
+def test_what_is_left_out_is_the_kl_inside_the_rest():
+    # The two tokens of the rest are 3/16 and 1/16 of the policy, 1/8 and 1/8 of the teacher. As one they agree.
+    own, teacher = (
+        torch.tensor([[1 / 4, 1 / 2, 3 / 16, 1 / 16]]).log(),
+        torch.tensor([[1 / 4, 1 / 2, 1 / 8, 1 / 8]]).log(),
+    )
+    assert top_k_kl(own[:, :2], teacher[:, :2]).item() == pytest.approx(0, abs=1e-7)
+    inside = 1 / 4 * (3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2))
+    for kept in (3, 4):  # a rest of one token, and none
+        assert top_k_kl(own[:, :kept], teacher[:, :kept]).item() == pytest.approx(inside, abs=1e-6)
+
+
+def test_its_gradient_over_all_tokens_is_that_of_the_kl():
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    teacher = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
+    own = logits.log_softmax(-1)
+    expected = torch.autograd.grad((own.exp() * (own - teacher)).sum(), logits, retain_graph=True)[0]
+    for kept, close in ((5, True), (6, True), (2, False)):
+        [found] = torch.autograd.grad(top_k_kl(own[:, :kept], teacher[:, :kept]).sum(), logits, retain_graph=True)
+        assert torch.allclose(found, expected, atol=1e-5) == close

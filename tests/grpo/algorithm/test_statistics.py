@@ -34,6 +34,22 @@ def test_the_interval_of_a_few_seeds_by_hand():
     assert mean_interval([0.0, 1.0] * 40) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("hits", "trials", "expected"),
+    [(81, 263, (0.2535, 0.3682)), (15, 148, (0.0598, 0.1644)), (0, 20, (0.0, 0.2005)), (1, 29, (0.0018, 0.1963))],
+)
+def test_the_interval_is_wilsons_with_continuity_correction(hits, trials, expected):
+    """Against the roots of (|p - hits/trials| - 1 / (2 trials))² = z² p (1 - p) / trials, which define it, and the
+    examples of Newcombe 1998, table I, method 4."""
+    low, high = wilson_interval(hits, trials)
+    assert (wilson_interval(0, 5)[0], wilson_interval(5, 5)[1]) == (0.0, 1.0), "rounding passes no bound"
+    assert (low, high) == pytest.approx(expected, abs=1e-4)
+    for p in filter(None, (low, high)):  # a bound of 0 is no root
+        assert (abs(p - hits / trials) - 1 / (2 * trials)) ** 2 == pytest.approx(
+            1.96**2 * p * (1 - p) / trials, abs=1e-12
+        )
+
+
 def test_nothing_tried_is_nothing_known_and_where_nothing_succeeded_the_interval_has_a_width():
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert estimate([]) == Estimate(0.0, 0.0, 1.0, 0)
@@ -118,6 +134,16 @@ def test_powers_of_two(most, expected):
 )
 def test_the_majority_and_its_ties(answers, winner):
     assert majority(answers) == winner
+
+
+def test_a_majority_vote_is_over_disjoint_runs_of_k():
+    answers, correct = [7, 7, 42, 42, 42, 7], [False, False, True, True, True, False]
+    assert majority_at_k(answers, correct, 1) == 0.5
+    assert majority_at_k(answers, correct, 2) == pytest.approx(2 / 3)  # 7, 42, and a tie that 42 opens
+    assert majority_at_k(answers, correct, 3) == 0.5
+    assert majority_at_k(answers, correct, 4) == 0.0  # one run, and a tie that 7 opens; the last two are left over
+    assert majority_at_k([None, None], [False, False], 2) == 0.0
+    assert majority_at_k([7, 7], [True, False], 2) == 1.0  # as correct as the first that gives it
 
 
 def test_contract_6_a_vote_without_a_mark_is_not_counted_as_wrong():

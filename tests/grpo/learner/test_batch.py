@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from grpo.learner.batch import TrainingBatch, by_completion, collate, cut, split_rows
+from grpo.learner.batch import TrainingBatch, by_completion, collate, cut, micro_batches, split_rows
 from grpo.learner.row import PackedRow, Sample
 from policies.attention import Packing
 
@@ -10,6 +12,10 @@ CPU = torch.device("cpu")
 
 def _row(prompt: list[int], *completions: list[int], start: int = 0) -> PackedRow:
     return PackedRow(prompt, [Sample(start + i, ids) for i, ids in enumerate(completions)])
+
+
+def _row_of(prompt: int, lengths: list[int]) -> PackedRow:
+    return _row([1] * prompt, *([2 + i] * length for i, length in enumerate(lengths)))  # all different
 
 
 def test_a_packed_row_holds_its_prompt_once():
@@ -97,6 +103,23 @@ def test_what_was_recorded_of_prompts_and_completions_stands_in_their_places():
     rows.append(PackedRow([7, 8], [Sample(2, [1])], recorded.expand(2, 1, 2)))
     with pytest.raises(ValueError, match=r"routings of one step differ in \[routers, k\]: \[\[1, 1\], \[1, 2\]\]"):
         collate(rows, CPU)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 5), st.lists(st.integers(1, 6), min_size=1, max_size=4)), min_size=1, max_size=8
+    ),
+    budget=st.integers(1, 80),
+)
+def test_every_row_is_in_one_micro_batch_and_the_budget_holds(shapes, budget):
+    rows = [_row_of(prompt, lengths) for prompt, lengths in shapes]
+    minis = list(micro_batches(rows, budget, CPU))
+    assert sorted(id(row) for mini in minis for row in mini.rows) == sorted(map(id, rows))
+    for mini in minis:
+        assert mini.token_ids.numel() <= budget or len(mini.rows) == 1
+        assert mini.token_ids.shape[1] == max(row.length for row in mini.rows)
+        assert int(mini.scored.sum()) == int(mini.mask.sum()) == sum(row.num_completion_tokens for row in mini.rows)
 
 
 def test_a_batch_is_tied_where_no_advantage_is_left():

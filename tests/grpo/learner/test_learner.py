@@ -65,6 +65,10 @@ def _stock_logprobs(policy: Policy, prompt: list[int], completions: list[list[in
     ]
 
 
+def _rows(policy: Policy, **given) -> list[PackedRow]:
+    return learner_of(policy).prepare(_groups(policy, **given), _scores()).rows
+
+
 @torch.no_grad()
 def _all_logprobs(learner: Learner, rows: list[PackedRow], budget: int) -> dict[int, list[float]]:
     """The learner's log-probabilities of every sample, by its index."""
@@ -93,6 +97,28 @@ def test_contract_10_packed_logprobs_are_those_of_padded_rows(micro_policy, budg
                 got = torch.tensor(packed[3 * g + i])
                 assert (got - expected).abs().max() < 1e-4
                 assert abs(got[0] - expected[0]) < 1e-4  # the first token, which the shared prompt predicts
+
+
+@pytest.mark.parametrize("budget", [8, 10_000])
+def test_a_step_tells_how_far_it_has_moved_the_policy(micro_policy, budget):
+    """On one completion of each group, also where it is cut into several rows. The advantage of the first group's first
+    one is zero, so it is the second; the third group is tied."""
+    policy = micro_policy(0)
+    learner = learner_of(policy, learning_rate=1e-2, tokens_per_micro_batch=budget)
+    groups, scores = _groups(policy), _scores([[0.5, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+
+    @torch.no_grad()
+    def logprobs():
+        telling = [(groups[0], 1), (groups[1], 0)]
+        return torch.cat(
+            [_stock_logprobs(policy, g.prompt.token_ids, [g.completions[i].token_ids])[0] for g, i in telling]
+        )
+
+    before, metrics = logprobs(), learner.step(learner.prepare(groups, scores), 1)
+    log_ratio = logprobs() - before
+    expected = (log_ratio.exp() - 1 - log_ratio).mean().item()
+    assert expected > 1e-3
+    assert metrics["policy/approx_kl"] == pytest.approx(expected, rel=1e-3)
 
 
 def _head_outputs(policy: Policy, ids: list[int], hidden: torch.Tensor, start: int, depth: int):
@@ -454,6 +480,31 @@ def test_later_steps_are_those_of_torchs_own_adamw_with_clipped_gradients(micro_
 
 
 # ---- what a step leaves alone ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "rewards", "moves"),
+    [
+        ({"mtp": 1.0, "weight_decay": 0.1}, [[1.0] * 3, [0.0] * 3, [0.5, None, None]], False),
+        ({"entropy_coef": 0.1}, [[None] * 3] * 3, False),
+        ({"mask_truncated_completions": True}, REWARDS, False),
+        ({"beta": 0.1}, [[1.0] * 3] * 3, True),
+        ({"entropy_coef": 0.01}, [[1.0] * 3] * 3, True),
+    ],
+)
+def test_a_tied_batch_moves_nothing_but_by_the_kl_and_the_entropy_bonus(micro_policy, given, rewards, moves):
+    """Nor does the momentum of the step before. Where no completion has a reward, nothing does, and where all were
+    truncated and are masked."""
+    learner = learner_of(micro_policy(0), **given)
+    learner.step(learner.prepare(_groups(learner.policy), _scores()), 1)
+    before, groups = snapshot(learner), _groups(learner.policy, seed=1)
+    if rewards is REWARDS:
+        for completion in (completion for group in groups for completion in group.completions):
+            completion.finish_reason = "length"
+    metrics = learner.step(learner.prepare(groups, _scores(rewards)), 2)
+    assert metrics.get("learner/updates", 0) == moves
+    assert ("learner/grad_norm" in metrics) == moves
+    assert same(before, snapshot(learner)) != moves
 
 
 def test_contract_2_the_old_policy_is_scored_at_the_temperature_of_the_new_one(micro_policy):

@@ -9,13 +9,14 @@ from small_learner import last_work, learner_of, term_of
 from grpo.learner.learner import Learner
 from grpo.train import train
 from policies.routing.replay import RoutingReplay
-from policies.routing.routers import RoutingRecorder
+from policies.routing.routers import RoutingRecorder, routers
 from review.readers.run_folder import read_metrics
 from rewards.group_score import GroupScore
 from rollout.decoding.engine import Engine
 from rollout.group import Completion, Prompt, RolloutGroup
 from rollout.sampling import SamplingParams
 
+CPU = torch.device("cpu")
 SCORES = [GroupScore([1.0, 0.0], {"exact": [1.0, 0.0]})]
 
 
@@ -137,6 +138,28 @@ def test_balance_counts_no_experts_of_drafts_that_were_not_taken(sampler):
         learner.step(learner.prepare(groups, scores), 1)
         counts.append(last_work(learner).fixed["balance"][0].chosen)
     assert torch.equal(counts[0], counts[1])
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_where_two_heads_nearly_tie_the_learner_takes_the_samplers(random_policy, draft_tokens):
+    """Two heads of every layer score the same. A bias of 1e-5 does what rounding would: it makes the sampler choose one
+    of them, and the learner the other."""
+    policy = random_policy(0, num_attention_heads=4, num_key_value_heads=4)
+    policy.choose_heads(0.5, 1)
+    sampler = copy.deepcopy(policy)
+    for side, better in ((sampler, 0), (policy, 1)):
+        for router in routers(side.trunk, "self_attn").values():
+            router.weight.data[1] = router.weight[0]
+            router.e_score_correction_bias[:] = torch.tensor([0.0, 0.0, -1.0])
+            router.e_score_correction_bias[better] = 1e-5
+    params = SamplingParams(group_size=2, max_completion_tokens=12, draft_tokens=draft_tokens, record_routing=True)
+    groups = Engine(sampler).sample([Prompt(f"p/{i}", "", [5 + i, 6, 7]) for i in range(3)], params)
+    mismatch = {}
+    for replay in (False, True):
+        learner = _learner(copy.deepcopy(policy), replay)
+        mismatch[replay] = learner.step(learner.prepare(groups, SCORES * 3), 1)["mismatch/logprob_abs_max"]
+    assert mismatch[False] > 0.01
+    assert mismatch[True] < 1e-5
 
 
 def test_an_engine_that_records_nothing_is_named(sampler):

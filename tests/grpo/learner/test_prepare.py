@@ -32,6 +32,24 @@ def test_contract_6_marks_of_a_sample_that_was_dropped_count_in_no_mean():
     assert tied.tolist() == [False]
 
 
+def test_advantages_by_token_may_be_tensors():
+    """Of each completion, or padded to [P, G, T]."""
+    completions = [Completion([5] * n, [-0.5] * n, "", "stop", 0, DraftStats()) for n in (2, 3)]
+    groups, scores = [RolloutGroup(Prompt("p", "?", [1]), completions)], [GroupScore([1.0, 0.0], {})]
+    by_token = [[[0.5, 1.0], [-0.5, 0.25, 1.0]]]
+    padded = torch.tensor([[[0.5, 1.0, 9.0], [-0.5, 0.25, 1.0]]])
+    options = {"max_tokens": 64, "routing_replay": False, "mask_truncated": False}
+    rows = [
+        pack(groups, scores, advantages, torch.zeros(1, dtype=torch.bool), **options).rows
+        for advantages in (by_token, [[torch.tensor(each) for each in by_token[0]]], padded)
+    ]
+    assert rows[0] == rows[1] == rows[2]
+    assert [sample.token_advantages for sample in rows[0][0].samples] == by_token[0]
+    of_completions = [[torch.tensor(0.5), torch.tensor(-0.5)]]
+    [row] = pack(groups, scores, of_completions, torch.zeros(1, dtype=torch.bool), **options).rows
+    assert [sample.advantage for sample in row.samples] == [0.5, -0.5]
+
+
 def test_marks_of_a_loops_own_have_one_sum():
     """They have no parts by reward."""
     loss = LossOptions(multi_objective_aggregation="normalize_then_sum")

@@ -196,6 +196,31 @@ def test_an_estimator_whose_term_is_not_there_is_refused_by_name(micro_policy, m
         small(micro_policy(0), **given)
 
 
+def test_gradients_add_up_until_the_optimizer_takes_them(micro_policy):
+    learner = small(micro_policy(0), **BOTH)
+    learner.step(batch_of(learner, seed=1))  # there is momentum
+    before, batches = snapshot(learner), [batch_of(learner, seed) for seed in (2, 3)]
+    alone = []
+    for batch in batches:
+        other = small(copy.deepcopy(learner.policy), **BOTH)
+        other.policy_version = 1
+        other.forward_backward(batch)
+        alone.append(gradients_of(other.policy))
+    for batch in batches:
+        learner.forward_backward(batch)
+    assert_close(gradients_of(learner.policy), {name: alone[0][name] + alone[1][name] for name in alone[0]}, 1e-4)
+    assert same(snapshot(learner), before)
+    assert learner.policy_version == 1
+    assert learner.optim_step()["learner/updates"] == 1
+    moved = snapshot(learner)
+    assert not same(moved, before)
+    assert learner.optim_step() == {}
+    assert learner.forward_backward(batch_of(learner, tied=True))["learner/updates"] == 0
+    assert learner.optim_step() == {}
+    assert same(snapshot(learner), moved)
+    assert learner.policy_version == 2
+
+
 def test_a_batch_that_is_counted_twice_is_one_update(micro_policy):
     once, twice = (small(micro_policy(0)) for _ in range(2))
     once.forward_backward(batch_of(once))

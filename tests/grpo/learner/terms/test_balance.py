@@ -46,6 +46,24 @@ def test_off_it_changes_nothing_and_still_counts(random_policy):
     assert not [name for name in metrics if name.startswith("loss/balance")]
 
 
+@pytest.mark.parametrize("name", ["entropy_weight", "sequence_weight"])
+def test_a_loss_adds_its_own_gradient_times_its_weight(random_policy, name):
+    gradients = []
+    for weight in (0.0, 0.5, 1.0):
+        policy = _moe(random_policy)
+        metrics = _step(_learner(policy, {name: weight}, entropy_coef=1e-12))  # reads tied groups in every case
+        gradients.append(gradients_of(policy))
+        if weight:
+            layers_mean = metrics[f"loss/balance_{name.removesuffix('_weight')}"]
+            added = metrics["loss/total"] - metrics["loss/policy"]
+            assert added == pytest.approx(weight * 2 * layers_mean, abs=1e-5)  # two layers, added up
+    none, half, whole = gradients
+    router = "trunk.model.layers.1.mlp.gate.weight"
+    assert (whole[router] - none[router]).norm() > 1e-3
+    for parameter in none:
+        torch.testing.assert_close(half[parameter], (none[parameter] + whole[parameter]) / 2, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("budget", [1, 25])
 def test_sequence_loss_bias_and_statistics_do_not_see_micro_batches(random_policy, budget):
     """The entropy regulariser does, by definition: each micro-batch is balanced on its own."""

@@ -58,6 +58,26 @@ def test_the_metric_is_in_nats_per_token_whatever_the_weight_is(random_policy, k
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+def _gradients(policy, options: MTPOptions) -> dict[str, torch.Tensor]:
+    metrics = supervised_learner(policy, mtp=options).forward_backward(supervised(ROWS, 1))
+    assert metrics["loss/mtp"] > 0
+    return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def test_train_base_model_adds_the_heads_gradient_to_the_trunks(random_policy):
+    """Its gradient is that of λ/tokens · loss through hidden states, embeddings and LM head, beside the SFT loss's."""
+    plain = _gradients(random_policy(1), MTPOptions(depth=2, loss_weight=0.3))
+    trained = _gradients(random_policy(1), SftMTPOptions(depth=2, loss_weight=0.3, train_base_model=True))
+    policy = random_policy(1)
+    mini = collate(ROWS, torch.device("cpu"))
+    (0.3 / 9 * gold_draft_loss(policy, _preceding(policy, mini), mini, [0, 1], 2)).backward()
+    alone = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    for name in ("trunk.model.embed_tokens.weight", "trunk.lm_head.weight", "trunk.model.layers.0.mlp.up_proj.weight"):
+        assert alone[name].abs().max() > 0
+        torch.testing.assert_close(trained[name], plain[name] + alone[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trained["mtp.eh_proj.weight"], alone["mtp.eh_proj.weight"], rtol=1e-4, atol=1e-6)
+
+
 def test_contract_7_grpo_refuses_it(tmp_path):
     with pytest.raises(ConfigError, match="mtp.train_base_model=true .command line.: quartet train does not use it"):
         load(TrainConfig, None, {"output_dir": tmp_path, "mtp.train_base_model": True})

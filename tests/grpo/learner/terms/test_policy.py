@@ -25,6 +25,28 @@ def test_it_teaches_without_advantages_where_something_is_of_every_token(given, 
     assert PolicyTerm(LossOptions(**given)).teaches(None) == teaches
 
 
+@pytest.mark.parametrize(
+    ("given", "differs", "age", "correction", "reads_tied"),
+    [
+        ({}, None, 0, None, False),
+        ({}, True, 0, "token_truncate", False),
+        ({}, False, 0.5, "token_truncate", False),
+        ({"importance_correction": "none"}, True, 1, None, False),
+        ({"importance_correction": "sequence_mask"}, False, 0, "sequence_mask", False),
+        ({"loss_type": "bnpo"}, False, 0, None, True),
+        ({"top_entropy_quantile": 0.5}, False, 0, None, True),
+        ({"beta": 0.1}, False, 0, None, True),
+    ],
+)
+def test_what_is_settled_before_the_first_update(given, differs, age, correction, reads_tied):
+    more = {} if differs is None else {"sampler_differs": differs}
+    work = work_of(batch=SimpleNamespace(age=lambda version: age))
+    work.likelihood = SimpleNamespace(reference=object(), entropy_grad=False)
+    PolicyTerm(LossOptions(**given), **more).begin_update(work)
+    assert work.fixed == {"policy": Settled(correction, reads_tied)}
+    assert work.fixed["policy"].scale == 1
+
+
 def test_what_an_update_settles():
     """Three of six tokens are read; the entropy of a mini-batch for company does not count."""
     entropies = [torch.tensor([[1.0, 9.0], [2.0, 9.0]]), torch.full((1, 2), 100.0)]

@@ -234,6 +234,25 @@ def test_every_rank_values_its_share_of_the_rows(micro_policy):
     assert all(torch.allclose(both[i], values, atol=1e-6) for i, values in alone.items())
 
 
+def test_truncated_completions_that_are_masked_teach_no_values(micro_policy):
+    """What such a completion would have got is nobody's business: the same step, whatever its reward is."""
+    steps = []
+    for reward, reason in ((0.0, "length"), (5.0, "length"), (5.0, "stop")):
+        learner = _learner(micro_policy(0), mask_truncated_completions=True)
+        groups = _groups()
+        groups[0].completions[1].finish_reason = reason
+        rewards = [[1.0, reward, 0.5], *REWARDS[1:]]
+        metrics = learner.forward_backward(learner.prepare(groups, _scores(rewards)))
+        head, trunk = term_of(learner, "value").head, learner.policy.trunk
+        steps.append((metrics["loss/value"], gradients_of(head), gradients_of(trunk)))
+    (loss, *gradients), (same, *others), (other, *_) = steps
+    assert loss == pytest.approx(same, rel=1e-6)
+    for one, two in zip(gradients, others, strict=True):
+        assert one
+        assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+    assert other != pytest.approx(loss, rel=1e-2)
+
+
 def test_values_without_returns_are_not_taught(micro_policy):
     """Advantages of one's own and gold solutions say nothing of what the score will be."""
     learner = _learner(micro_policy(4))
