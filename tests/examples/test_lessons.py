@@ -34,7 +34,7 @@ def micro(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", MICRO)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_group_whose_rewards_are_equal_teaches_nothing(micro, tmp_path):
     said = "\n".join(lines("group", tmp_path))
     assert re.search(r"^0 of 8 right: own prompt \+0\.000, other prompts \+0\.0000", said, re.MULTILINE)
@@ -42,7 +42,6 @@ def test_a_group_whose_rewards_are_equal_teaches_nothing(micro, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_losses_agree_at_the_first_update_alone(micro, monkeypatch, tmp_path):
     """Of one digit, since groups must be mixed and this policy soon answers some of them."""
     monkeypatch.syspath_prepend(str(LESSONS))
@@ -57,7 +56,7 @@ def test_losses_agree_at_the_first_update_alone(micro, monkeypatch, tmp_path):
     assert first != second
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_drafts_change_no_completion_whoever_makes_them(micro, tmp_path):
     said = [line for line in lines("drafts", tmp_path) if "draft head, drafts:" in line]
     assert len(said) == 8

@@ -30,7 +30,7 @@ def test_the_architectures_have_the_published_sizes():
     assert sizes == {"qwen2.5_0.5b": (0.49, 0.36), "qwen3_0.6b": (0.6, 0.44)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", GIB)
 def test_a_file_fits_16_gib(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -40,7 +40,6 @@ def test_a_file_fits_16_gib(name, monkeypatch, capsys, tmp_path):
     assert f"{float(line.split()[-1]):.1f}" == GIB[name]
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen2.5_0.5b", "qwen3_0.6b"])
 def test_a_file_is_rehearsed(name, model, monkeypatch, capsys, tmp_path):

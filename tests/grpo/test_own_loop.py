@@ -489,21 +489,6 @@ def test_contract_16_is_kept_for_whatever_a_loop_of_ones_own_learns_from(micro_c
         session.evaluate([problem(1)])
 
 
-def test_a_stop_in_a_step_that_was_recorded_keeps_it(micro_config, tmp_path):
-    """A step counts from its line on, also where nothing was learned in it."""
-
-    def stopped():
-        with Session.open(micro_config(tmp_path, **SHORT)) as session:
-            for step in session.run.steps():
-                session.record(step, {"mine": 1.0})
-                raise Stopped
-
-    with pytest.raises(Stopped):
-        stopped()
-    assert [line["mine"] for line in lines_of(tmp_path)] == [1.0]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
-
-
 def test_gradients_of_a_step_that_is_undone_reach_no_other_step(micro_config, tmp_path):
     """The step is made again with the gradient of one batch, not of two."""
     norms = []
@@ -593,16 +578,22 @@ def test_the_configured_loss_is_the_same_by_name_and_by_options(session):
     assert ratios == pytest.approx(ratios[:1] * 3)
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, Stopped])
 def test_a_loop_that_exits_keeps_its_step(micro_config, tmp_path, kind):
+    """A step counts from its line on. With the last kind nothing was learned in it."""
+
     def loop():
         with Session.open(micro_config(tmp_path, **SHORT)) as session:
             for step in session.run.steps():
-                learn(session, step)
+                if kind is Stopped:
+                    session.record(step, {"mine": 1.0})
+                else:
+                    learn(session, step)
                 raise kind
 
     with pytest.raises(kind):
         loop()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
 

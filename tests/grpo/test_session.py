@@ -239,15 +239,6 @@ def test_an_advantage_of_each_token_is_the_gradients_weight(session):
     assert sum(found[name].norm() for name in trunk) > 1e-3
 
 
-def test_where_nothing_counted_nothing_moves(session):
-    before = {name: p.detach().clone() for name, p in session.policy.named_parameters()}
-    groups = session.sample(session.prompts(1), step=1)
-    metrics = session.forward_backward(session.prepare(groups)) | session.optim_step()  # all scores are 0
-    assert metrics["learner/updates"] == 0
-    assert not session.learner.optimizer.state
-    assert all(torch.equal(before[name], p) for name, p in session.policy.named_parameters())
-
-
 def test_numbers_of_ones_own_move_the_weights_and_decay_matrices_alone(session, batch):
     session.forward_backward(batch, likelier)
     metrics = session.optim_step(3e-4, betas=(0.5, 0.5), weight_decay=0.5)
@@ -591,14 +582,10 @@ def test_sessions_share_one_frozen_base(micro_config, tmp_path):
         assert any(not torch.equal(weights[name], others[name]) for name in moved)
 
 
-def test_a_base_that_moves_and_an_update_outside_of_a_step_are_refused(micro_config, tmp_path):
-    with Session.open(micro_config(tmp_path / "one", **QUICK)) as one:
-        other = Session.open(micro_config(tmp_path / "two", **QUICK), base=one)
-        with pytest.raises(ValueError, match="set lora in both"), other:
-            pass
-        one.forward_backward(one.prepare(one.sample(one.prompts(1), step=1)))
-        with pytest.raises(RuntimeError, match="for step in run.steps"):
-            one.optim_step()
+def test_a_base_that_moves_is_refused(session, micro_config, tmp_path):
+    other = Session.open(micro_config(tmp_path / "two", **QUICK), base=session)
+    with pytest.raises(ValueError, match="set lora in both"), other:
+        pass
 
 
 def test_several_updates_of_a_batch_are_a_step_of_the_learner(opened, monkeypatch):
@@ -723,12 +710,6 @@ def test_dpo_prefers_what_was_chosen(own_run, tmp_path, monkeypatch):
     assert losses[-1] < losses[0] - 0.01
 
 
-def test_loops_are_as_short_as_is_promised():
-    for file in LOOPS.glob("*.py"):
-        code = [line for line in file.read_text().splitlines() if line.strip() and not line.strip().startswith("#")]
-        assert len(code) <= (15 if file.name == "train.py" else 30), file.name
-
-
 def weights(folder, step):
     return load_file(folder / f"checkpoints/step_{step:06d}/policy.safetensors")
 
@@ -781,35 +762,3 @@ def test_contract_9_a_loop_that_is_left_keeps_what_it_learned(micro_config, undi
     one, other = weights(tmp_path / "left", 4), weights(undisturbed, 4)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert sampled(tmp_path / "left") == sampled(undisturbed)
-
-
-def test_a_loop_that_is_left_in_an_update_has_the_line_of_its_step(micro_config, tmp_path):
-    with Session.open(micro_config(tmp_path, **SHORT)) as session:
-        for step in session.run.steps():
-            session.forward_backward(session.prepare(session.draw(step)))
-            session.optim_step()
-            break
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
-    assert (tmp_path / "checkpoints/step_000001").is_dir()
-
-
-def test_a_stop_after_load_resumes_the_weights_that_were_loaded(micro_config, tmp_path):
-    config = micro_config(tmp_path / "run", **SHORT | {"steps": 3})
-
-    def roll_back():
-        with Session.open(config) as session:
-            before = session.save(tmp_path / "kept")
-            for step in session.run.steps():
-                learn_one_step(session, step)
-                if step == 2:
-                    session.load(before)
-                    raise Stopped
-
-    with pytest.raises(Stopped):
-        roll_back()
-    loaded = load_file(tmp_path / "kept/step_000000/policy.safetensors")
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights(tmp_path / "run", 2).items())
-    with Session.open(config, resume="auto") as session:
-        assert session.step == 2
-        now = dict(session.policy.named_parameters())
-        assert all(torch.equal(tensor, loaded[name]) for name, tensor in now.items() if name in loaded)

@@ -9,7 +9,7 @@ from trl_scoring import trl_scores
 
 import grpo.config.loss
 from grpo.algorithm.advantages import EPSILON, group_relative, multi_objective, reinforce_plus_plus, rloo, tied_groups
-from grpo.algorithm.values import gae, outcome_rewards, rank_softmax_weights
+from grpo.algorithm.values import gae, outcome_rewards, rank_softmax_weights, whiten
 from grpo.learner.terms.distill import distill
 from rewards.group_score import LARGEST
 from rewards.ties import tied
@@ -106,6 +106,15 @@ def test_outcome_rewards_refuse_a_completion_without_one():
     assert outcome_rewards(torch.tensor([1.0, NAN]), mask_BT).tolist() == [[0.0, 1.0], [0.0, 0.0]]
 
 
+def test_whiten_gives_mean_zero_and_std_one_on_the_mask():
+    torch.manual_seed(0)
+    x_BT, mask_BT = 3 + 5 * torch.randn(4, 50), torch.rand(4, 50) < 0.7
+    white_BT = whiten(x_BT, mask_BT)
+    assert white_BT[mask_BT].mean().item() == pytest.approx(0, abs=1e-5)
+    assert white_BT[mask_BT].std().item() == pytest.approx(1, abs=1e-4)
+    assert not white_BT[~mask_BT].any()
+
+
 GROUP_RELATIVE = {
     "group": lambda rewards: group_relative(rewards),
     "batch": lambda rewards: group_relative(rewards, "batch"),
@@ -144,6 +153,24 @@ def test_rewards_that_differ_only_by_fp32_rounding_are_tied():
     assert [tied(row) for row in large] == [True, False]
     with pytest.raises(ValueError, match=r"a reward among \[0.0, inf\] is infinite; return a finite number, or None"):
         tied([0.0, math.inf])
+
+
+@pytest.mark.parametrize("estimator", GROUP_RELATIVE)
+def test_a_group_with_one_reward_or_none_is_tied(estimator):
+    rewards_PG = torch.tensor([[NAN, 5.0, NAN], [NAN, NAN, NAN], [0.0, NAN, 1.0]])
+    advantages_PG, tied_P = GROUP_RELATIVE[estimator](rewards_PG)
+    assert tied_P.tolist() == [True, True, False]
+    assert not advantages_PG[:2].any()
+    assert advantages_PG[2, 1] == 0  # abstained
+    assert advantages_PG[2, 0] < 0 < advantages_PG[2, 2]
+
+
+def test_reinforce_plus_plus_keeps_a_tied_group_and_zeroes_a_tied_batch():
+    advantages_PG, tied_P = reinforce_plus_plus([[0.1, 0.1, 0.1], [0.7, 0.7, 0.7]])
+    assert tied_P.tolist() == [True, True]
+    assert (advantages_PG[0] < 0).all()
+    assert (advantages_PG[1] > 0).all()
+    assert not reinforce_plus_plus([[0.1, 0.1, 0.1], [0.1, 0.1, None]])[0].any()
 
 
 def test_bad_input_names_the_way_out():

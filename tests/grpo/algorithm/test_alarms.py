@@ -138,6 +138,12 @@ def test_a_hacked_reward_is_named_once_with_examples(kind, seed):
     assert f"alarm/{kind}/mine" in watch.values
 
 
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_reward_raises_no_alarm(name):
+    for seed, skill in enumerate((0.1, 0.5, 0.95)):
+        assert given(HONEST[name], seed=seed, skill=skill)[1] == []
+
+
 def noise(seen, rng):
     return "".join(rng.choices("0123456789 #=+-abc", k=rng.randint(1, 40)))
 
@@ -202,6 +208,17 @@ def test_a_run_that_has_learned_nothing_raises_no_alarm(name):
         for groups in untrained(write, pay, seed, **shape):
             assert watch.observe(groups) == []
             assert all(map(math.isfinite, watch.values.values()))
+
+
+def test_the_score_of_a_length_penalty_and_no_right_answer_raises_no_alarm():
+    """Length is all that its score differs by, and it is paid for on purpose."""
+    watch = Alarms(["gsm8k", "score"])
+    for groups in rollouts(lambda seen, rng: 0.0, skill=0.0, steps=2 * WINDOW):
+        scored = [
+            [replace(s, marks={"gsm8k": s.correct, "score": s.correct - s.length / 99}) for s in g] for g in groups
+        ]
+        assert watch.observe(scored) == []
+        assert watch.values["alarm/length/score"] == pytest.approx(-1.0)
 
 
 def test_one_group_with_large_differences_is_no_correlation():
@@ -345,6 +362,22 @@ def test_a_fall_of_two_standard_errors_since_an_earlier_evaluation_sounds():
         watch.evaluated(1.0, 4)
         watch._means = means
         assert [value_of(alarm) for alarm in watch.evaluated(0.5, 4)] == values
+
+
+def test_a_reward_that_does_not_rise_raises_no_held_out_alarm():
+    """Evaluations after every step differ by chance, and each is compared with an earlier one."""
+    rng = random.Random(0)
+
+    def share(p, count):
+        return sum(rng.random() < p for _ in range(count)) / count
+
+    alarms = 0
+    for _ in range(50):
+        watch = Alarms(["mine"])
+        for _ in range(20):
+            watch._means.append(share(0.02, 128))
+            alarms += len(watch.evaluated(share(0.5, 64), 64))
+    assert alarms <= 50 * 0.02
 
 
 @pytest.mark.slow

@@ -165,3 +165,9 @@ def test_contract_4_a_refill_sees_new_noise_and_replaces_tied_groups_alone(micro
             assert group[0]["prompt_id"] not in {other[0]["prompt_id"] for other in before}
     tokens = [[line["token_ids"] for line in group] for group in before + [g for g in after if g[0]["draw"]]]
     assert len({repr(group) for group in tokens}) == len(tokens), "noise was seen twice"
+
+
+def test_a_budget_of_zero_changes_nothing_and_logs_nothing(plain):
+    [line] = read_metrics(plain)
+    assert not {"group/resampled", "group/drawn"} & line.keys()
+    assert {line["draw"] for line in read_rollouts(plain, 1)} == {0}

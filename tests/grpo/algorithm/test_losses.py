@@ -189,6 +189,21 @@ def test_entropy_bonus_and_top_entropy_by_hand():
     assert loss.item() == pytest.approx(0.8 / 5 - 0.1 * 1.2 / 3, abs=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [11, 21, 31])
+def test_the_bonus_is_the_mean_over_the_tokens_that_count(tokens):
+    """ρ = .7 of 11: the threshold is the fourth smallest, and 8 count; but 1 - .7 is .30000000000000004, ten times that
+    more than 3. All of equal entropies count: of 2, 1, 2 and 2 the median is 2, and three are the top half."""
+    entropies = torch.arange(1.0, tokens + 1)[None].requires_grad_()
+    zeros, mask = torch.zeros(1, tokens), torch.ones(1, tokens, dtype=torch.bool)
+    given = {"entropy": entropies, "entropy_coef": 1.0, "top_entropy_quantile": 0.7}
+    policy_loss(zeros, zeros, torch.zeros(1), mask, **given)[0].backward()
+    top = 7 * (tokens - 1) // 10 + 1
+    assert entropies.grad[0].tolist() == pytest.approx([0.0] * (tokens - top) + [-1 / top] * top)
+    equal = torch.tensor([[2.0, 1.0, 2.0, 2.0]])
+    given = {"entropy": equal, "entropy_coef": 1.0, "top_entropy_quantile": 0.5}
+    assert policy_loss(zeros[:, :4], zeros[:, :4], torch.zeros(1), mask[:, :4], **given)[0].item() == -2.0
+
+
 def test_the_top_tokens_of_a_large_step():
     """torch's quantile takes 2^24 values at most. Here they are 0, 1, ... 2^21, each eight times: 17 million tokens."""
     entropies = torch.arange(2**21 + 1).repeat_interleave(8).float()
@@ -279,6 +294,21 @@ def test_gradient_by_finite_differences(loss_type, level):
     if loss_type == "cispo":
         assert metrics["policy/clip_fraction"] == 1
     assert torch.autograd.gradcheck(lambda x: toy_loss(x, token_ids, given, **options)[0], logits)
+
+
+def test_on_policy_every_loss_has_the_gradient_of_reinforce():
+    """r = 1: clipping is idle and ∇r = ∇log π. Sequences of one length make all the denominators agree."""
+    logits, token_ids, given = toy()
+    given |= {"mask": torch.ones_like(given["mask"]), "old_logprobs": None}
+    gradients = {}
+    for loss_type, options in LOSS_TYPES.items():
+        options = options | {"max_completion_length": 5}
+        loss, metrics = toy_loss(logits, token_ids, given, loss_type=loss_type, **options)
+        gradients[loss_type] = torch.autograd.grad(loss, logits)[0]
+        assert metrics["policy/ratio_mean"] == 1
+        assert not metrics.get("policy/clip_fraction", torch.tensor(0.0))
+    for gradient in gradients.values():
+        torch.testing.assert_close(gradient, gradients["reinforce"])
 
 
 # ---- contract 10 -------------------------------------------------------------------------------------------------
@@ -557,3 +587,34 @@ def test_a_kl_of_k_tokens_and_the_rest_by_hand():
     # rests are 1/8 and 1/4: 1/2 log(1/2 : 1/2) + 3/8 log(3/8 : 1/4) + 1/8 log(1/8 : 1/4)
     found = top_k_kl(torch.tensor([[0.5, 0.375]]).log(), torch.tensor([[0.5, 0.25]]).log())
     assert found.item() == pytest.approx(3 / 8 * math.log(3 / 2) - 1 / 8 * math.log(2))
+
+
+def test_a_token_without_probability_adds_nothing_and_one_that_the_teacher_lacks_much():
+    own = torch.tensor([[0.0, 0.25, 0.5]]).log().requires_grad_()
+    same = top_k_kl(own, torch.tensor([[0.0, 0.25, 0.5]]).log())
+    same.backward()
+    assert same.item() == pytest.approx(0, abs=1e-7)
+    assert own.grad.isfinite().all()
+    assert top_k_kl(own, torch.tensor([[0.5, 0.25, 0.0]]).log()).item() > 400
+
+
+def test_what_is_left_out_is_the_kl_inside_the_rest():
+    # The two tokens of the rest are 3/16 and 1/16 of the policy, 1/8 and 1/8 of the teacher. As one they agree.
+    own, teacher = (
+        torch.tensor([[1 / 4, 1 / 2, 3 / 16, 1 / 16]]).log(),
+        torch.tensor([[1 / 4, 1 / 2, 1 / 8, 1 / 8]]).log(),
+    )
+    assert top_k_kl(own[:, :2], teacher[:, :2]).item() == pytest.approx(0, abs=1e-7)
+    inside = 1 / 4 * (3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2))
+    for kept in (3, 4):  # a rest of one token, and none
+        assert top_k_kl(own[:, :kept], teacher[:, :kept]).item() == pytest.approx(inside, abs=1e-6)
+
+
+def test_its_gradient_over_all_tokens_is_that_of_the_kl():
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    teacher = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
+    own = logits.log_softmax(-1)
+    expected = torch.autograd.grad((own.exp() * (own - teacher)).sum(), logits, retain_graph=True)[0]
+    for kept, close in ((5, True), (6, True), (2, False)):
+        [found] = torch.autograd.grad(top_k_kl(own[:, :kept], teacher[:, :kept]).sum(), logits, retain_graph=True)
+        assert torch.allclose(found, expected, atol=1e-5) == close

@@ -3,8 +3,12 @@
 import math
 from decimal import Decimal
 from itertools import combinations
+from math import comb
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from review.statistics.estimates import (
     Estimate,
@@ -30,11 +34,52 @@ def test_the_interval_of_a_few_seeds_by_hand():
     assert mean_interval([0.0, 1.0] * 40) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("hits", "trials", "expected"),
+    [(81, 263, (0.2535, 0.3682)), (15, 148, (0.0598, 0.1644)), (0, 20, (0.0, 0.2005)), (1, 29, (0.0018, 0.1963))],
+)
+def test_the_interval_is_wilsons_with_continuity_correction(hits, trials, expected):
+    """Against the roots of (|p - hits/trials| - 1 / (2 trials))² = z² p (1 - p) / trials, which define it, and the
+    examples of Newcombe 1998, table I, method 4."""
+    low, high = wilson_interval(hits, trials)
+    assert (wilson_interval(0, 5)[0], wilson_interval(5, 5)[1]) == (0.0, 1.0), "rounding passes no bound"
+    assert (low, high) == pytest.approx(expected, abs=1e-4)
+    for p in filter(None, (low, high)):  # a bound of 0 is no root
+        assert (abs(p - hits / trials) - 1 / (2 * trials)) ** 2 == pytest.approx(
+            1.96**2 * p * (1 - p) / trials, abs=1e-12
+        )
+
+
 def test_nothing_tried_is_nothing_known_and_where_nothing_succeeded_the_interval_has_a_width():
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert estimate([]) == Estimate(0.0, 0.0, 1.0, 0)
     assert estimate([0.0] * 100).high == pytest.approx(0.046, abs=1e-3)
     assert estimate([1.0] * 100).low == pytest.approx(0.954, abs=1e-3)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_one_completion_a_problem_gives_the_plain_wilson_interval(outcomes):
+    found = estimate([float(outcome) for outcome in outcomes])
+    assert (found.low, found.high) == pytest.approx(wilson_interval(sum(outcomes), len(outcomes)), abs=1e-9)
+    assert found.value == sum(outcomes) / len(outcomes)
+
+
+def test_copies_of_a_completion_do_not_narrow_the_interval():
+    """Eight times the same completion of each problem tell no more than one."""
+    right = [True, False, False, True, False]
+    once = estimate([float(r) for r in right])
+    assert estimate([np.mean([r] * 8) for r in right]) == once
+    wide, narrow = once.high - once.low, np.subtract(*wilson_interval(16, 40)[::-1])
+    assert wide > 2 * narrow  # what counting completions as independent would have claimed
+
+
+@pytest.mark.parametrize(("problems", "samples"), [(3, 8), (5, 2), (5, 16), (10, 8)])
+def test_the_interval_of_few_problems_with_several_samples_holds_the_accuracy(problems, samples):
+    """Accuracies of the problems are uniform, so the true one is .5. Before, the spread of few problems was taken for
+    known: .78, .87, .87 and .92 in place of .95."""
+    random = np.random.default_rng(0)
+    found = [estimate(list(random.binomial(samples, random.random(problems)) / samples)) for _ in range(4000)]
+    assert np.mean([each.low <= 0.5 <= each.high for each in found]) >= 0.945
 
 
 def test_the_interval_of_few_problems_by_hand():
@@ -65,6 +110,14 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
             assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
+def test_pass_at_k_by_the_product_form_of_the_paper():
+    """Chen et al. 2021, figure 3: 1 - Π_{i = n - c + 1}^{n} (1 - k / i); also for many completions."""
+    for n, correct, k in ((100, 7, 16), (256, 1, 64), (1000, 500, 4)):
+        product = np.prod(1.0 - k / np.arange(n - correct + 1, n + 1))
+        assert pass_at_k(n, correct, k) == pytest.approx(1.0 - product)
+    assert pass_at_k(4, 1, 2) == 1 - comb(3, 2) / comb(4, 2) == 0.5
+
+
 def test_pass_at_k_needs_k_completions():
     with pytest.raises(ValueError, match="pass@4 cannot be estimated from 3 completions"):
         pass_at_k(3, 1, 4)
@@ -81,6 +134,16 @@ def test_powers_of_two(most, expected):
 )
 def test_the_majority_and_its_ties(answers, winner):
     assert majority(answers) == winner
+
+
+def test_a_majority_vote_is_over_disjoint_runs_of_k():
+    answers, correct = [7, 7, 42, 42, 42, 7], [False, False, True, True, True, False]
+    assert majority_at_k(answers, correct, 1) == 0.5
+    assert majority_at_k(answers, correct, 2) == pytest.approx(2 / 3)  # 7, 42, and a tie that 42 opens
+    assert majority_at_k(answers, correct, 3) == 0.5
+    assert majority_at_k(answers, correct, 4) == 0.0  # one run, and a tie that 7 opens; the last two are left over
+    assert majority_at_k([None, None], [False, False], 2) == 0.0
+    assert majority_at_k([7, 7], [True, False], 2) == 1.0  # as correct as the first that gives it
 
 
 def test_contract_6_a_vote_without_a_mark_is_not_counted_as_wrong():

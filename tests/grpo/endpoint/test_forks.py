@@ -216,7 +216,7 @@ def test_the_plan_says_how_many_rows_forks_cost(micro_config, model, tmp_path):
 def test_contracts_1_and_9_a_run_learns_what_was_sampled_and_goes_on_to_the_same_bits(micro_config, model, tmp_path):
     folder = with_template(model, tmp_path / "model")
     options = {"model": str(folder), "agent": f"{AGENTS}:chats", "steps": 2}
-    options |= {"sft.steps": 0, "rollout.max_completion_tokens": 16}
+    options |= {"sft.steps": 0, "prompts_per_step": 2, "rollout.max_completion_tokens": 16}
     train(micro_config(tmp_path / "whole", **options))
     with pytest.raises(BaseException, match="stopped after step 1"):
         train(micro_config(tmp_path / "again", **options), stop_after=1)

@@ -19,7 +19,7 @@ from rollout.workers.local_pool import LocalPool
 
 STOPS = tuple(range(7, 280, 15))
 PROMPTS = [Prompt(f"p/{i}", "", [3 + i, *range(9, 8 + n)]) for i, n in enumerate((9, 1, 17, 4, 4, 30))]
-PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=30, stop_token_ids=STOPS, seed=5, step=2)
+PARAMS = SamplingParams(group_size=4, temperature=0.8, max_completion_tokens=18, stop_token_ids=STOPS, seed=5, step=2)
 # As many KV heads as heads, one, and two; tied; biases; a norm on queries and keys; a head wider than its share;
 # layers that slide within a window longer than any row; learned positions; parallel blocks; experts; sinks; caps;
 # layers whose attention heads differ in number and width, and that read the keys of others; an indexer; linear
