@@ -122,7 +122,15 @@ def load_examples(
         refuse_evaluation_data(str(name_or_path), split, None)
     problems = _made(source, split, seed, limit, options.task_options)
     if problems:
-        return [_example(row["id"], row, "question", "answer") for row in problems]
+        solution_column = "answer"
+        if problems[0]["answer"] is None:
+            solution_column = None
+            if options.solution_column is not None:
+                raise ValueError(
+                    f"{source} has no reference answers, only a scorer: set data.solution_column to null "
+                    f"(data.solution_column={options.solution_column})"
+                )
+        return [_example(row["id"], row, "question", solution_column) for row in problems]
     if source == GSM8K:
         source = _gsm8k()
     path = None if source in BUILT_IN.values() else local_file(source, split)

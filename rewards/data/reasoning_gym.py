@@ -29,8 +29,9 @@ def reasoning_gym_problems(
 
     A hash of the question decides its split, so that no question is in both, whatever the seed. The list is shorter
     than `count` where the task repeats itself. A few tasks (such as `word_ladder` and `knight_swap`) give the same
-    problems in the next process only with PYTHONHASHSEED set; without it a run on them cannot be resumed. Raises
-    ValueError where package, task, split or options do not exist, and for a task without gold answers.
+    problems in the next process only with PYTHONHASHSEED set; without it a run on them cannot be resumed. `answer` is
+    None in a task that has a scorer and no reference answers, such as `graph_color`. Raises ValueError where package,
+    task, split or options do not exist, and for a scorer that takes junk or refuses the task's own answer.
 
     >>> problem = reasoning_gym_problems("leg_counting", "train", count=1)[0]
     >>> problem["question"][-32:], problem["answer"]
@@ -83,24 +84,24 @@ def _dataset(task: str, seed: int, size: int, options: dict[str, Any]) -> Proced
 
 
 def _check_gradable(task: str, problem: Mapping[str, Any]) -> None:
-    """Refuse a task without gold answers, and a scorer that cannot tell them from junk.
+    """Refuse a scorer that cannot tell the task's own answers, where it has any, from junk.
 
     Some scorers compare with what JSON cannot carry (tuples); `game_of_life_halting` takes any text for "True".
     """
     from rewards.built_in.reasoning import reasoning_gym as score
 
-    texts = [problem["answer"], *JUNK]
+    known = [] if problem["answer"] is None else [problem["answer"]]
+    texts = [*known, *JUNK]
     question, answer, metadata = ([problem[name]] * len(texts) for name in ("question", "answer", "metadata"))
-    fault = "gives no gold answers" if problem["answer"] is None else ""
-    if not fault:
-        try:
-            mark, *junk = score(None, texts, question=question, answer=answer, metadata=metadata)
-        except RewardError:  # we cannot call this scorer; the user may have a reward of their own
-            return
-        wrongly_right = [text for text, got in zip(JUNK, junk, strict=True) if got >= 1.0]
-        if mark != 1.0:
-            fault = "does not give its own gold answer full marks"
-        elif wrongly_right:
-            fault = f"gives full marks to a text that answers nothing ({wrongly_right[0]!r})"
+    try:
+        marks = score(None, texts, question=question, answer=answer, metadata=metadata)
+    except RewardError:  # we cannot call this scorer; the user may have a reward of their own
+        return
+    fault = ""
+    wrongly_right = [text for text, mark in zip(texts, marks, strict=True) if text in JUNK and mark >= 1.0]
+    if known and marks[0] != 1.0:
+        fault = "does not give its own gold answer full marks"
+    elif wrongly_right:
+        fault = f"gives full marks to a text that answers nothing ({wrongly_right[0]!r})"
     if fault:
         raise ValueError(f"{PREFIX}{task} {fault}, so accuracy cannot be measured on it; choose another task")

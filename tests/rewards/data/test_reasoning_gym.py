@@ -1,5 +1,6 @@
 """Tasks of reasoning-gym by name: the same problems every time, disjoint splits, their own scorers."""
 
+import json
 import sys
 from importlib.util import find_spec
 
@@ -61,7 +62,7 @@ def test_no_question_is_in_both_splits_whatever_the_seeds():
         ("reasoning_gym:", {}, "tasks are ab, "),
         (LEGS, {"max_animal": 3}, r"data.task_options=.*its options are min_animals, max_animals"),
         (LEGS, {"min_animals": 0}, "min_animals must be positive"),
-        ("reasoning_gym:boxnet", {}, "gives no gold answers"),
+        ("reasoning_gym:graph_color", {}, "no reference answers, only a scorer: set data.solution_column to null"),
         ("reasoning_gym:arc_agi", {}, "does not give its own gold answer full marks"),
         (
             "reasoning_gym:game_of_life_halting",
@@ -74,6 +75,19 @@ def test_no_question_is_in_both_splits_whatever_the_seeds():
 def test_what_cannot_be_had_is_explained(name, options, message):
     with pytest.raises(ValueError, match=message):
         load_examples(name, "train", ProblemOptions(task_options=options), limit=1)
+
+
+def test_a_task_without_reference_answers_is_scored():
+    options = ProblemOptions(solution_column=None)
+    [example] = load_examples("reasoning_gym:graph_color", "train", options, limit=1)
+    assert (example.solution, example.columns["answer"]) == ("", None)
+    graph = example.columns["metadata"]
+    coloring = json.dumps(graph["possible_answer"])
+    first, second = graph["puzzle"]["edges"][0]
+    clash = json.dumps(graph["possible_answer"] | {str(second): graph["possible_answer"][str(first)]})
+    columns = {name: [example.columns[name]] * 3 for name in ("question", "answer", "metadata")}
+    marks = reasoning_gym(None, [f"<answer>{coloring}</answer>", clash, "[1, 2"], **columns)
+    assert marks == [1.0, 0.01, 0.0]
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
