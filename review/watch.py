@@ -34,11 +34,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import zstandard
 
 from review.findings.alarms import Alarms, Watched
+from review.findings.templates import of_prompts, of_template
+from review.readers.metric_logs import TRL
 from review.readers.run_folder import ENVIRONMENT
 from rewards.audit.findings import ANSWERS
 from rewards.config.names import ours, trainers
 from rewards.config.yaml_file import to_yaml
 from rewards.episode import ToolStats, answer_of
+from rewards.finding import Finding
 from rewards.records import is_metric, null_for_nan, rollout_path, split_groups
 from rewards.ties import tied
 
@@ -47,23 +50,6 @@ if TYPE_CHECKING:
 
 Trainer = TypeVar("Trainer", bound="GRPOTrainer")
 PACKAGES = ("trl", "transformers", "torch", "peft", "accelerate", "vllm", "quartet-review")
-LOGGED = {  # our names for what TRL logs; what is measured of the completions is not taken from there
-    "loss": "loss/total",
-    "grad_norm": "learner/grad_norm",
-    "learning_rate": "learner/learning_rate",
-    "kl": "loss/kl",
-    "entropy": "policy/entropy",
-    "clip_ratio/region_mean": "policy/clip_fraction",
-    "clip_ratio/low_mean": "policy/clip_fraction_low",
-    "clip_ratio/high_mean": "policy/clip_fraction_high",
-    "sampling/sampling_logp_difference/mean": "mismatch/logprob_abs_mean",
-    "sampling/sampling_logp_difference/max": "mismatch/logprob_abs_max",
-    "sampling/importance_sampling_ratio/mean": "mismatch/weight_mean",
-    "step_time": "time/step",
-    "eval_reward": "eval/reward_mean",
-    "eval_completions/mean_length": "eval/completion_length_mean",
-    "eval_completions/clipped_ratio": "eval/completion_truncated",
-}
 
 
 def watch(trainer: Trainer, folder: str | Path | None = None) -> Trainer:
@@ -87,7 +73,7 @@ def watch(trainer: Trainer, folder: str | Path | None = None) -> Trainer:
 
 class Watcher:
     """What is known of the step that the trainer is in. `learned` are the learner's log-probabilities by the ids of
-    prompt and completion, since TRL shuffles what it has generated."""
+    prompt and completion, since TRL shuffles what it has generated; a text that came twice has them twice."""
 
     def __init__(self, trainer: Any, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
@@ -100,8 +86,9 @@ class Watcher:
         self.lines: list[dict[str, Any]] = []
         self.step_of_lines = 0
         self.keys: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        self.learned: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
+        self.learned: dict[tuple[tuple[int, ...], tuple[int, ...]], list[list[float]]] = {}
         self.failed = 0
+        self.looked = False  # at the first prompts
 
     # ---- what is wrapped ---------------------------------------------------------------------------------------------
 
@@ -156,9 +143,12 @@ class Watcher:
             line["reward"] = self._score(marks)
             line["extras"] = {name: values[place] for name, values in logged.items() if place < len(values)}
         self.lines, self.step_of_lines = lines, self.trainer.state.global_step + 1
-        self.keys = [(tuple(line.pop("prompt_ids")), tuple(line["token_ids"])) for line in lines]
+        self.keys = [(tuple(line["prompt_ids"]), tuple(line["token_ids"])) for line in lines]
         self.learned.clear()
         self._write_rollouts()
+        if not self.looked:
+            self.looked = True
+            self._sound(of_prompts(_tokenizer(self.trainer), self.inputs, lines))
 
     def _of_all(self, mine: list[Any]) -> list[Any]:
         """The entries of all processes. Every one asks, also after a failure of its own: else the others would wait."""
@@ -175,7 +165,7 @@ class Watcher:
 
     def _lines_of(self, result: Mapping[str, Any]) -> list[dict[str, Any]]:
         trainer = self.trainer
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        tokenizer = _tokenizer(trainer)
         tensors = {name: values.tolist() for name, values in result.items() if getattr(values, "dim", None)}
         ends = {*trainer.eos_token_ids, tokenizer.pad_token_id}
         lines = []
@@ -197,6 +187,7 @@ class Watcher:
             }
             if "sampling_per_token_logps" in tensors:
                 line["logprobs"] = tensors["sampling_per_token_logps"][place][: len(ids)]
+            line["loss_mask"] = tensors["completion_mask"][place][: len(ids)]
             if "tool_mask" in tensors:
                 line |= _episode(said, tensors["tool_mask"][place][: len(ids)])
             lines.append(line)
@@ -213,7 +204,7 @@ class Watcher:
         for ids, mask, values in rows:
             first = len(ids) - kept
             key = tuple(_where(ids[:first], mask[:first])), tuple(_where(ids[first:], mask[first:]))
-            self.learned.setdefault(key, _where(values, mask[first:]))
+            self.learned.setdefault(key, []).append(_where(values, mask[first:]))
 
     # ---- what is written ---------------------------------------------------------------------------------------------
 
@@ -232,6 +223,8 @@ class Watcher:
         (self.folder / ENVIRONMENT).write_text(json.dumps(machine, indent=1), encoding="utf-8")
         self._drop_after(step)
         self.event("resume" if step else "begin", from_step=step, by="TRL")
+        template = getattr(self.trainer, "chat_template", None)
+        self._sound(of_template(_tokenizer(self.trainer), template, self.trainer.eos_token_ids))
 
     def _drop_after(self, step: int) -> None:
         """A training that goes on from a checkpoint makes the steps after it again."""
@@ -270,13 +263,18 @@ class Watcher:
             return
         if learned:
             for key, line in zip(self.keys, self.lines, strict=True):
-                line["policy_logprobs"] = learned.get(key)
+                each = learned.get(key) or [None]
+                line["policy_logprobs"] = each[0]
+                learned[key] = each[1:] or each  # the next line of the same text has the next ones
             self._write_rollouts()
         metrics = measured(self.lines)
         groups = [list(map(self._watched, group)) for group in split_groups(self.lines)]
-        for alarm in self.alarms.observe(groups):
-            self.event("alarm", step=self.step_of_lines, said=alarm.evidence, **alarm.as_json())
+        self._sound(self.alarms.observe(groups))
         self.line(self.step_of_lines, metrics | self.alarms.values)
+
+    def _sound(self, alarms: Sequence[Finding]) -> None:
+        for alarm in alarms:
+            self.event("alarm", step=self.step_of_lines, said=alarm.evidence, **alarm.as_json())
 
     def _watched(self, line: Mapping[str, Any]) -> Watched:
         marks = {"score": line["reward"], **line["parts"]}
@@ -290,7 +288,7 @@ class Watcher:
 
     def log(self, logs: Mapping[str, Any]) -> None:
         step = self.trainer.state.global_step
-        known = {LOGGED[name]: value for name, value in logs.items() if name in LOGGED}
+        known = {TRL[name]: value for name, value in logs.items() if name in TRL}
         if self.writes and known and step:
             self.line(step, known)
 
@@ -365,6 +363,10 @@ def _callback(watcher: Watcher) -> Any:
                 watcher.end()
 
     return Watching()
+
+
+def _tokenizer(trainer: Any) -> Any:
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
 def _where(values: Sequence[Any], mask: Sequence[int]) -> list[Any]:

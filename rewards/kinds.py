@@ -124,6 +124,9 @@ template-not-used | note | the chat template is not used | set data.template: ch
 said-twice | note | prompts repeat a sentence | say it once | once | twice
 copies | warning | problems look the same | show the columns that tell them apart, or take copies out | 0 % | 20 %
 form-not-asked | warning | no prompt asks for the form that scores | ask for it | `in <answer>` | nothing
+generation-prompt | error | prompts lack what an answer begins with
+    | write it where the chat template has add_generation_prompt | `...<assistant>` | `...`
+answer-in-prompt | error | prompts hold their reference answers | take the answer out of the prompt | `2 + 3?` | `2 + 3? (5)`
 gold-truncated | warning | reference solutions are too long | raise rollout.max_completion_tokens | 0 % | 20 %
 thought-truncated | warning | thinking is cut before the answer | raise rollout.max_completion_tokens | 4096 | 256
 ## Advantages and groups
@@ -170,12 +173,16 @@ leakage | error | evaluation problems were trained on | remove them from the tra
 temperature | warning | completions of a group are the same text | raise rollout.temperature to 1 | 1.0 | 0.1
 rate-high | warning | a step destroyed what the policy could do
     | lower learner.learning_rate | KL 1 nat | KL over 30 nats, or 5 and scores fall
+kl-sign | error | the KL term pushes the policy off its reference
+    | set loss.beta to 0 or above, and subtract the KL from the reward | +0.04 | −0.04
 sign-flipped | error | incorrect answers score higher
     | turn the sign of the reward or of its weight | r = 0.9 | r < −0.6
 reward-constant | error | correct and incorrect answers score the same | fix the reward | 1 and 0 | 1 for all
 template | warning | the policy does not know the form of prompt or answer
     | show the form in data.template or data.few_shot, or teach it with sft.steps; a chat model needs template: chat
     | `#### 4` | over 70 % without an answer
+correct-refused | error | correct answers score like incorrect ones
+    | score one of them by hand: quartet reward test | 0 % | over 20 %
 answer-column | error | reference answers are of other problems
     | compare data.solution_column, the reward and the rows | agreed answers: 90 % correct | under 30 %
 all-solved | warning | little is left to learn | take harder problems | 60 % solved | over 90 %
@@ -208,6 +215,7 @@ step-differs | warning | the replayed step is not the recorded one
     | use the run's configuration, device and version | 1e-7 | 0.02
 nothing-learned | note | a step changed nothing | look at group/zero_variance of other steps | one update | none
 opposing-group | note | a group's gradient opposes the others | look at its rewards first | cosine 0.2 | −0.4
+beta-high | warning | the KL term outweighs the reward | lower loss.beta to 0.04 or 0 | 0.04 | 4
 small-groups | warning | few completions are compared | raise rollout.group_size to 8 | 8 | 2, and no gain
 tied-groups | warning | zero-variance groups teach nothing
     | leave out problems that are always or never solved; raise rollout.group_size | 30 % | over 90 %

@@ -5,7 +5,6 @@ A peer's finding counts as naming a fault if its text describes that fault, also
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +14,13 @@ import torch
 from trl import GRPOTrainer
 
 from benchmarks.anyone.policy import problems
-from benchmarks.anyone.setup import Setup, chat, correct
+from benchmarks.anyone.setup import Setup, correct
 from rewards.built_in.gsm8k import NUMBER, extract_answer, gold_answer
 from rewards.protocol import text_of
 
 RATE = 3e-4  # of an honest run
 COLLAPSE = {"rl-doctor": {"advantage_collapse"}, "rlprobe": {"DEGENERATE_GROUPS", "ADV_COLLAPSE", "REWARD_STD_DEATH"}}
-GRADIENT = {"rl-doctor": {"gradient_pathology", "grad_pathology"}, "rlprobe": {"GRAD_PATHOLOGY"}}
+GRADIENT = {"rl-doctor": {"gradient_pathology"}, "rlprobe": {"GRAD_PATHOLOGY"}}
 KL = {"rl-doctor": {"kl_drift"}, "rlprobe": {"KL_BLOWUP", "REF_POLICY_DRIFT_ASYMMETRY"}}
 
 
@@ -66,7 +65,7 @@ def abstains(completions: list[Any], answer: list[str], **_: Any) -> list[float 
 
 
 def length(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [len(ids) / 40 for ids in completion_ids]
+    return [len(ids) / 20 for ids in completion_ids]
 
 
 def brevity(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -163,7 +162,7 @@ def copies(setup: Setup) -> None:
 
 
 def solved(setup: Setup) -> None:
-    setup.policy, setup.rows = "sure", problems(1, 400, 5)
+    setup.policy, setup.rows = "sure", problems(1, 400, 9)
 
 
 def too_hard(setup: Setup) -> None:
@@ -335,12 +334,12 @@ FAULTS: dict[str, Fault] = {
     "pays for length": Fault(
         pays(length),
         {"length-rewarded"},
-        {"rl-doctor": {"length_hacking", "length_pathology"}, "rlprobe": {"REWARD_HACK_LENGTH"}},
+        {"rl-doctor": {"length_pathology"}, "rlprobe": {"REWARD_HACK_LENGTH"}},
     ),
     "pays for brevity": Fault(
         pays(brevity),
         {"length-rewarded"},
-        {"rl-doctor": {"length_hacking", "length_pathology"}, "rlprobe": {"REWARD_HACK_LENGTH"}},
+        {"rl-doctor": {"length_pathology"}, "rlprobe": {"REWARD_HACK_LENGTH"}},
     ),
     "pays for the form": Fault(
         pays(form), {"form-rewarded"}, {"rl-doctor": {"reward_hacking"}, "rlprobe": {"FORMAT_GAMING"}}
@@ -364,7 +363,9 @@ FAULTS: dict[str, Fault] = {
     "two BOS": Fault(double_bos, {"begins-twice"}),
     "template twice": Fault(template_twice, {"template-twice"}),
     "wrong stop token": Fault(
-        wrong_stop, {"stop-token", "stop-and-pad"}, {"rlprobe": {"TRUNCATION_STARVE"}, "rl-doctor": {"length_pathology"}}
+        wrong_stop,
+        {"stop-token", "stop-and-pad"},
+        {"rlprobe": {"TRUNCATION_STARVE"}, "rl-doctor": {"length_pathology"}},
     ),
     "copies of 4 rows": Fault(copies, {"copies", "too-many-epochs"}),
     "all solved": Fault(solved, {"all-solved"}, COLLAPSE),
@@ -384,7 +385,9 @@ FAULTS: dict[str, Fault] = {
         {"rl-doctor": {"entropy_collapse"}, "rlprobe": {"ENTROPY_COLLAPSE"}},
     ),
     "everything truncated": Fault(
-        option(max_completion_length=8), {"clipped"}, {"rlprobe": {"TRUNCATION_STARVE"}, "rl-doctor": {"length_pathology"}}
+        option(max_completion_length=8),
+        {"clipped"},
+        {"rlprobe": {"TRUNCATION_STARVE"}, "rl-doctor": {"length_pathology"}},
     ),
     "sampler at another temperature": Fault(option(generation_kwargs={"temperature": 2.0}), {"weights"}),
     "stale sampler": Fault(by(Stale, learning_rate=1e-3), {"weights", "stale"}),
@@ -413,7 +416,7 @@ def pad_is_eos(setup: Setup) -> None:
 
 def sparse(setup: Setup) -> None:
     """Few problems are solved: two of three have larger numbers than it was taught."""
-    hard, easy = problems(2, 400, 14), problems(1, 400)
+    hard, easy = problems(2, 400, 60), problems(1, 400)
     chance = random.Random(3)
     setup.rows = [chance.choice(pair) for pair in zip(hard, hard, easy, strict=True)]
 
@@ -426,7 +429,7 @@ def skewed(setup: Setup) -> None:
     """Some questions are far longer than others."""
     for place, row in enumerate(setup.rows):
         if place % 3 == 0:
-            row["question"] = f"First we add the numbers one by one. {row['question']}"
+            row["question"] = f"First we add the two numbers. {row['question']}"
 
 
 def plain(setup: Setup) -> None:
@@ -440,7 +443,7 @@ def lora(setup: Setup) -> None:
 
 def filtered(setup: Setup) -> None:
     """Only problems of a kind that is solved at times, as dynamic sampling leaves them."""
-    setup.rows = [row for row in setup.rows if row["parts"][0] + row["parts"][1] > 9]
+    setup.rows = [row for row in setup.rows if sum(row["parts"]) > 15]
 
 
 def fractional(completions: list[Any], answer: list[str], **_: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""The tiny chat policy that every run starts from: it adds three numbers, and is taught in half a minute on a CPU."""
+"""The tiny chat policy that every run starts from: it adds two numbers, and is taught in half a minute on a CPU."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-OPENINGS = ("", "Let us add.\n", "First we add the numbers one by one.\n")  # so that lengths differ in a group
+OPENINGS = ("", "Let us add.\n", "First we add the two numbers.\n")  # so that lengths differ in a group
 ROLES = ["<s>", "<|user|>", "<|assistant|>"]
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 BATCH = 64
 
 
-def problem(chance: random.Random, largest: int = 9) -> dict[str, Any]:
+def problem(chance: random.Random, largest: int = 20) -> dict[str, Any]:
     """One row of the data set.
 
     >>> problem(random.Random(0))["answer"]
-    '#### 18'
+    '#### 42'
     """
-    a, b, c = (chance.randint(2, largest) for _ in range(3))
-    return {"question": f"What is {a} + {b} + {c}?", "answer": f"#### {a + b + c}", "parts": [a, b, c]}
+    a, b = chance.randint(2, largest), chance.randint(2, largest)
+    return {"question": f"What is {a} + {b}?", "answer": f"#### {a + b}", "parts": [a, b]}
 
 
-def problems(seed: int, count: int, largest: int = 9) -> list[dict[str, Any]]:
+def problems(seed: int, count: int, largest: int = 20) -> list[dict[str, Any]]:
     chance = random.Random(seed)
     return [problem(chance, largest) for _ in range(count)]
 
 
 def solution(row: dict[str, Any], opening: str) -> str:
-    a, b, c = row["parts"]
-    return f"{opening}{a} + {b} = {a + b}\n{a + b} + {c} = {a + b + c}\n#### {a + b + c}"
+    a, b = row["parts"]
+    return f"{opening}{a} + {b} = {a + b}\n#### {a + b}"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

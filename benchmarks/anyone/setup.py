@@ -18,7 +18,7 @@ from benchmarks.anyone.policy import problems
 from rewards.built_in.gsm8k import extract_answer, gold_answer
 from rewards.protocol import text_of
 
-STEPS, PROMPTS, GROUP = 40, 4, 8
+STEPS, PROMPTS, GROUP = 32, 4, 6
 Reward = Callable[..., list[float | None]]
 
 
@@ -59,7 +59,7 @@ class Setup:
         group = self.options.get("num_generations", GROUP)
         usual = {
             **{"num_generations": group, "per_device_train_batch_size": PROMPTS * GROUP // group * group},
-            **{"max_completion_length": 40, "max_steps": STEPS, "learning_rate": 3e-4, "lr_scheduler_type": "constant"},
+            **{"max_completion_length": 20, "max_steps": STEPS, "learning_rate": 3e-4, "lr_scheduler_type": "constant"},
             **{"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True},
             **{"seed": seed, "bf16": False, "gradient_checkpointing": False, "top_k": 0},
         }

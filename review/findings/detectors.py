@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -24,6 +25,7 @@ LEAST_STEPS = 3  # of which a correlation or a movement is believed
 FAILING = 0.01  # of the completions, from which on failed rewards are a cause
 SURE = 0.75  # of the completions of a group give one answer
 SPECIAL = re.compile(r"(?:<\|[^|<>\s]{1,30}\|>|</s>|<eos>|<end_of_turn>)\s*[^\s<]")  # with text after it
+UNLIKELY = 0.1  # nats a token by which samples are less likely than the entropy allows
 FORMS = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")  # rewards by which a text may have no answer
 
 
@@ -100,6 +102,105 @@ def reward_constant(record: Record) -> Finding | None:
     if not is_one or not differ or record.learns_by_others:
         return None
     return found("reward-constant", what, change=f"fix the reward: quartet reward test {record.function}")
+
+
+def kl_sign(record: Record) -> Finding | None:
+    """On-policy the advantages of a batch cancel, so that the loss is beta · KL, and falls where the KL rises if the
+    sign is wrong."""
+    beta = float(record.options.get("loss.beta") or 0.0)
+    if beta < 0:
+        return found("kl-sign", f"loss.beta is {beta:g}: the loss falls as the KL from the reference rises.")
+    both = [(row["loss/kl"], row["loss/total"]) for row in record.rows if {"loss/kl", "loss/total"} <= row.keys()]
+    moments = Moments.of(both)
+    if len(both) < 2 * FEW or beta == 0 or (moments.r or 0.0) > -0.9:
+        return None
+    what = (
+        f"The loss falls as the KL from the reference rises (r = {moments.r:.2f}), to {both[-1][0]:.3g} nats a token."
+    )
+    return found("kl-sign", what)
+
+
+def beta_high(record: Record) -> Finding | None:
+    beta = float(record.options.get("loss.beta") or 0.0)
+    if beta < 1 or record.rise[2] > 2:
+        return None
+    what = f"loss.beta is {beta:g}, where 0 to 0.1 are usual, and the scores went from {record.rise[0]:.3g} to "
+    return found("beta-high", f"{what}{record.rise[1]:.3g}.")
+
+
+def answer_in_prompt(record: Record) -> Finding | None:
+    """Nearly every prompt holds its own reference answer, and far fewer hold that of another."""
+    pairs = {(str(line["prompt"]), str(line.get("gold") or "")) for group in record.groups for line in group.lines}
+    prompts, golds = zip(*sorted(pairs), strict=True) if pairs else ((), ())
+    if len(set(golds)) < FEW or not all(golds):
+        return None
+    own = fmean(map(_holds, prompts, golds))
+    other = fmean(map(_holds, prompts, golds[1:] + golds[:1]))
+    if own < 0.9 or other > 0.5:
+        return None
+    return found("answer-in-prompt", f"{own:.0%} of {len(prompts)} prompts hold their reference answer.")
+
+
+def _holds(prompt: str, gold: str) -> bool:
+    """Whether the last of a solution stands in the prompt, as a word."""
+    answer = gold.split("####")[-1].strip()
+    return bool(re.search(rf"(?<![\w.]){re.escape(answer)}(?![\w.])", prompt))
+
+
+def correct_refused(record: Record) -> Finding | None:
+    """Some correct answers have the score of incorrect ones, though others have more."""
+    low, top = min(record.marks, default=0.0), max(record.marks, default=0.0)
+    marks = [mark for group in record.groups for mark in group.marks_of_correct]
+    refused = [mark for mark in marks if mark <= low]
+    if len(marks) < 4 * FEW or is_tied([low, top]) or len(refused) <= 0.2 * len(marks):
+        return None
+    what = f"Of {len(marks)} completions with the reference answer {len(refused)} have the lowest score, {low:g}."
+    return found("correct-refused", what)
+
+
+def too_many_epochs(record: Record) -> Finding | None:
+    """How often each prompt was sampled for, by the steps that were read."""
+    prompts = [group.lines[0]["prompt_id"] for group in record.groups]
+    distinct = max(len(set(prompts)), 1)
+    times = len(prompts) * max(record.steps / max(len(record.lines), 1), 1.0) / distinct
+    if len(prompts) < 4 * distinct or times < 20:
+        return None
+    return found("too-many-epochs", f"There are {distinct} different prompts, and each was taken {times:.0f} times.")
+
+
+def not_deterministic(record: Record) -> Finding | None:
+    """A text that came twice for one prompt in one step has one log-probability, unless the forward is at random."""
+    apart = [gap for group in record.groups for gap in _gaps(group.lines)]
+    differ = [gap for gap in apart if gap > 0.01]
+    if len(apart) < FEW or len(differ) <= 0.5 * len(apart):
+        return None
+    what = f"Of {len(apart)} texts that came twice in a step {len(differ)} have other log-probabilities the second "
+    what += f"time, by {median(differ):.2g} nats a token."
+    return found("the-same-twice", what, change="switch dropout off while learning: disable_dropout=True")
+
+
+def _gaps(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Nats a token between log-probabilities of the same ids."""
+    first: dict[tuple[int, ...], list[float]] = {}
+    gaps = []
+    for line in lines:
+        values = line.get("policy_logprobs") or []
+        before = first.setdefault(tuple(line["token_ids"]), values)
+        if values and before is not values and len(values) == len(before):
+            gaps.append(abs(sum(values) - sum(before)) / len(values))
+    return gaps
+
+
+def warmup(record: Record) -> Finding | None:
+    """The rate has risen at every step so far, and half of the steps are done."""
+    rates = record.series("learner/learning_rate")
+    is_late = record.steps >= max(int(record.options.get("steps") or 0) / 2, 2 * FEW)
+    rises = all(before < after for before, after in pairwise(rates))
+    if not is_late or not rises or len(rates) < 2 * FEW or rates[0] > rates[-1] / 2:
+        return None
+    return found(
+        "warmup-too-long", f"The rate still rises at step {record.steps}, from {rates[0]:.2g} to {rates[-1]:.2g}."
+    )
 
 
 def template(record: Record) -> Finding | None:
@@ -192,6 +293,31 @@ def tied(record: Record) -> Finding | None:
     return found("tied-groups", f"{ties:.0%} of the groups have zero variance and teach nothing: {why}.", **ways)
 
 
+def rate_zero(record: Record) -> Finding | None:
+    rates = record.series("learner/learning_rate")
+    if len(rates) < LEAST_STEPS or max(rates) > 0:
+        return None
+    return found("rate-low", f"The learning rate was 0 in all of {len(rates)} steps.")
+
+
+def stands_still(record: Record) -> Finding | None:
+    """Texts that came again, steps later, have the log-probabilities that they had."""
+    seen: dict[tuple[Any, ...], tuple[int, float]] = {}
+    moved = []
+    for group in record.groups:
+        for line in group.lines:
+            values = line.get("policy_logprobs") or []
+            if not values:
+                continue
+            step, before = seen.setdefault((line["prompt_id"], *line["token_ids"]), (group.step, sum(values)))
+            if group.step - step >= record.steps / 4:
+                moved.append(abs(sum(values) - before))
+    if len(moved) < FEW or median(moved) >= 0.01:
+        return None
+    what = f"{len(moved)} texts came again a quarter of the run later or more, and their log-probabilities had moved "
+    return found("rate-low", f"{what}by {median(moved):.2g} nats only.")
+
+
 def rate_low(record: Record) -> Finding | None:
     """A step of this KL changes the probability of any event by √(KL / 2) at most (Pinsker's inequality), and several
     steps by no more than the sum."""
@@ -251,11 +377,32 @@ def tiny_differences(record: Record) -> Finding | None:
 
 def weights(record: Record) -> Finding | None:
     usual = {"mismatch/weight_mean": 1.0, "policy/ratio_mean": 1.0, "mismatch/logprob_abs_mean": 0.0}
+    if less := _less_likely(record):
+        return less
     off = {name: abs(median(record.series(name) or [value]) - value) for name, value in usual.items()}
     name = max(off, key=lambda name: off[name])
     if off[name] <= 0.2:
         return None
     return found("weights", f"{name} is {off[name]:.3g} away from {usual[name]:g}.")
+
+
+def _less_likely(record: Record) -> Finding | None:
+    """What a policy samples has its entropy as mean of −log-probability. Texts of another policy, of another
+    temperature or after other prompts are less likely to it."""
+    entropies = {row["step"]: row["policy/entropy"] for row in record.rows if "policy/entropy" in row}
+    excess = []
+    for step, lines in record.lines.items():
+        values = [value for line in lines for value in line.get("policy_logprobs") or []]
+        if values and step in entropies and not any("logprobs" in line for line in lines):
+            excess.append(-fmean(values) - entropies[step])
+    low = (mean_interval(excess) or (0.0, 0.0))[0] if len(excess) >= LEAST_STEPS else 0.0
+    if low <= UNLIKELY:
+        return None
+    what = (
+        f"To the policy that learns the sampled tokens are {fmean(excess):.2f} nats a token less likely than its own "
+    )
+    what += "would be: they are of other weights, another temperature or other prompts, or the mask is off."
+    return found("weights", what, change="sample with the weights, the temperature and the prompts that are learned")
 
 
 def entropy(record: Record) -> Finding | None:
@@ -275,15 +422,26 @@ def clipped(record: Record) -> Finding | None:
 
 
 DETECTORS: tuple[Callable[[Record], Finding | None], ...] = (
-    *(failed, unmarked, temperature, rate_high, stop_token, sign_flipped, reward_constant, template, answer_column),
-    *(all_solved, none_solved, hacked, group_size, tied, rate_low, other_part, noise, tiny_differences, weights),
-    *(entropy, clipped),
+    *(failed, unmarked, answer_in_prompt, not_deterministic, temperature, rate_high, stop_token, kl_sign, sign_flipped),
+    *(reward_constant, template, correct_refused, answer_column, all_solved, none_solved, hacked, too_many_epochs),
+    *(warmup, beta_high, group_size, tied, rate_zero, stands_still, rate_low, other_part, noise, tiny_differences),
+    *(weights, entropy, clipped),
 )
 OF_RECORD = (  # what only the record of a run shows
     *("failed", "unmarked", "temperature", "rate-high", "stop-token", "sign-flipped", "reward-constant", "template"),
     *("answer-column", "all-solved", "none-solved", "small-groups", "rate-low", "other-part", "noise"),
     *("tiny-differences", "weights", "entropy", "clipped", "evaluation", "training-only", "rate-decay"),
+    *("answer-in-prompt", "the-same-twice", "kl-sign", "correct-refused", "too-many-epochs", "warmup-too-long"),
+    "beta-high",
 )
+NEEDED = {  # metrics, and the findings that need them
+    "policy/approx_kl": ["rate-high", "rate-low"],
+    "learner/learning_rate": ["warmup-too-long"],
+    "group/zero_variance": ["tied-groups"],
+    "completion/truncated": ["clipped"],
+    "mismatch/logprob_abs_mean": ["weights"],
+}
+OF_CURVES = {kind for kinds in NEEDED.values() for kind in kinds}  # what curves can show without rollouts
 PAID = {kind for kind, _ in SAID.values()}
 TIED = {"all-solved", "none-solved", "tied-groups", "rate-low", "entropy"} | PAID
 EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are left out after it

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from review.findings.alarms import SAID
-from review.findings.detectors import DETECTORS, EXPLAINED, NO_CAUSE, OF_RECORD
+from review.findings.detectors import DETECTORS, EXPLAINED, NEEDED, NO_CAUSE, OF_CURVES, OF_RECORD
 from review.findings.gains import of_run
+from review.readers.metric_logs import Log, lacking, read_log
 from review.readers.record import Record
 from rewards.audit.audit import audit
 from rewards.audit.detectors import OF_SAMPLE
@@ -17,6 +18,8 @@ from rewards.audit.traces import Trace, trace_files, traces_of
 from rewards.finding import Finding, Report, found
 from rewards.kinds import KINDS, ORDER
 from rewards.records import rollout_path
+
+OF_FOLDER = "options, events and rollouts of a run"
 
 
 def diagnose(record: Record) -> list[Finding]:
@@ -60,12 +63,22 @@ def of_rollouts(record: Record) -> list[Finding]:
 
 
 def report(path: Path) -> Report:
-    """What a run folder shows, or rollouts that another trainer recorded, which have no curves. Raises ValueError for
-    what is neither."""
+    """What a run folder shows, or rollouts that another trainer recorded, which have no curves, or its curves, which
+    have no rollouts. Raises ValueError for what is none of them."""
+    log = log_of_others(path)
+    if log and (path.is_file() or not is_of_others(path)):
+        return of_log(log)
     if not is_of_others(path):
         return of_run_folder(path)
     result = audit(path, AuditConfig())
-    result.lacking["options, metrics and events of a run"] = list(OF_RECORD)
+    if log is None:
+        result.lacking["options, metrics and events of a run"] = list(OF_RECORD)
+        return result
+    curves = of_log(log)
+    result.findings += curves.findings
+    result.facts |= curves.facts
+    result.lacking["options and events of a run"] = curves.lacking.pop(OF_FOLDER)
+    result.lacking |= curves.lacking
     return result
 
 
@@ -79,6 +92,26 @@ def is_of_others(path: Path) -> bool:
         return bool(trace_files(path))
     except FileNotFoundError:
         return False
+
+
+def log_of_others(path: Path) -> Log | None:
+    """The curves of another trainer, where there is no run of ours."""
+    if (path / "metrics.jsonl").is_file() or path.name == "metrics.jsonl":
+        return None
+    return read_log(path)
+
+
+def of_log(log: Log) -> Report:
+    record = Record.of_log(log)
+    before, after, _ = record.rise
+    facts: dict[str, object] = {
+        "read": f"{len(log.rows)} steps of {log.form}",
+        "score": f"{before:.3g}, at the end {after:.3g}",
+    }
+    report = Report(str(log.path), diagnose(record), facts, more={"run": str(log.path), "steps": record.steps})
+    report.lacking = lacking(log, NEEDED)
+    report.lacking[OF_FOLDER] = sorted(set(OF_RECORD) - OF_CURVES, key=ORDER.__getitem__)
+    return report
 
 
 def of_run_folder(folder: Path) -> Report:

@@ -13,9 +13,11 @@ from statistics import fmean, median, variance
 from typing import Any
 
 from review.readers.gains import Gains, label_of, options_of_run
+from review.readers.metric_logs import Log
 from review.readers.plain_files import check_files, read_step
 from review.readers.run_folder import TURNS, check_run, read_events, read_metrics
 from review.statistics.estimates import answer_reader
+from rewards.built_in.gsm8k import extract_answer, gold_answer
 from rewards.episode import answer_of
 from rewards.records import recorded_steps, split_groups
 
@@ -50,6 +52,12 @@ class Group:
         return max(mark for mark, answer in zip(self.marks, self.answers, strict=True) if answer == self.majority[0])
 
     @property
+    def marks_of_correct(self) -> list[float]:
+        """The marks of completions whose answer is the reference answer, where that is a number."""
+        pairs = zip(self.lines, self.marks, strict=True)
+        return [mark for line, mark in pairs if is_correct(answer_text(line), line.get("gold"))]
+
+    @property
     def is_one_text(self) -> bool:
         return len({line["text"] for line in self.lines}) == 1
 
@@ -60,6 +68,18 @@ class Group:
 def answer_text(line: Mapping[str, Any]) -> str:
     """What a reward reads of a recorded completion: of an episode the policy's last turn."""
     return answer_of(line["text"], line.get("turns") or [])
+
+
+def is_correct(text: str, gold: Any) -> bool:
+    """Whether the marked answer of a text is the reference answer; no for one that is not a number.
+
+    >>> is_correct("3 + 4 = 7\\n#### 7", "#### 7"), is_correct("#### 7", "yes")
+    (True, False)
+    """
+    try:
+        return gold is not None and extract_answer(text) == gold_answer(gold)
+    except (ValueError, TypeError):
+        return False
 
 
 def _only_shapes(reward: Mapping[str, Any]) -> bool:
@@ -76,8 +96,22 @@ class Record:
         command, options = options_of_run(folder)
         if command != "train":
             raise ValueError(f"RUN={folder} is a run of quartet {command}; name one of quartet train, which has groups")
+        self._read(folder, options, read_metrics(folder), read_events(folder))
+
+    @classmethod
+    def of_log(cls, log: Log) -> Record:
+        """Curves that another trainer has written, without options, events and rollouts."""
+        record = cls.__new__(cls)
+        options: dict[str, Any] = {"rewards": [{"function": name, "name": name} for name in log.parts]}
+        record._read(log.path, options | ({"steps": log.steps} if log.steps else {}), log.rows, [])
+        record.steps = max(row["step"] for row in log.rows)
+        return record
+
+    def _read(
+        self, folder: Path, options: dict[str, Any], rows: list[dict[str, Any]], events: list[dict[str, Any]]
+    ) -> None:
         self.folder, self.options = folder, options  # by dotted key
-        self.rows, self.events = read_metrics(folder), read_events(folder)
+        self.rows, self.events = rows, events
         self.gains = Gains.of(folder, options, self.rows)
         self.rewards: list[dict[str, Any]] = sorted(self.options.get("rewards") or [{}], key=_only_shapes)
         first = self.rewards[0]

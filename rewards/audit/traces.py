@@ -545,6 +545,7 @@ def _quartet(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "group": row["prompt_id"],
         "version": row.get("policy_version"),
         "error": (row.get("tools") or {}).get("failure"),
+        "loss_mask": row.get("loss_mask"),
         "columns": {name: row.get(name) for name in ("prompt_id", "policy_logprobs")} | row["extras"],
         **{name: row.get(name) for name in same},
     }

@@ -22,6 +22,8 @@ def ids(rollouts: Rollouts) -> Iterator[Finding]:
     uneven = [t for t in rollouts.traces if len({len(t.token_ids), len(t.logprobs or t.token_ids)}) > 1 and t.token_ids]
     uneven += [t for t in rollouts.traces if t.loss_mask and len(t.loss_mask) != len(t.token_ids)]
     yield found("misaligned", f"{len(uneven)} rollouts have more or fewer log-probabilities than tokens", uneven)
+    partly = [trace for trace in rollouts.traces if _is_partly_masked(trace)]
+    yield found("misaligned", f"the loss masks of {len(partly)} rollouts leave out tokens of one turn", partly)
     texts: dict[tuple[int, ...], Trace] = {}
     other = []
     for trace in rollouts.traces:
@@ -67,6 +69,13 @@ def temperatures(rollouts: Rollouts) -> Iterator[Finding]:
     if len(pairs) >= 12 and len(other) > 0.1 * len(pairs):
         what = f"the same token after the same context has other log-probabilities {len(other)} of {len(pairs)} times"
         yield found("two-temperatures", f"{what}: of two temperatures or policies", list(dict.fromkeys(other)))
+
+
+def _is_partly_masked(trace: Trace) -> bool:
+    """Whether some tokens of a single turn are learned and others not. A truncated completion may be masked as a
+    whole, and what tools wrote always is."""
+    is_one_turn = len(trace.turns) < 2 and len(trace.calls) < 2
+    return is_one_turn and len(set(map(bool, trace.loss_mask))) == 2
 
 
 def _plain(text: str) -> str:
