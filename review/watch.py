@@ -167,7 +167,7 @@ class Watcher:
         trainer = self.trainer
         tokenizer = _tokenizer(trainer)
         tensors = {name: values.tolist() for name, values in result.items() if getattr(values, "dim", None)}
-        ends = {*trainer.eos_token_ids, tokenizer.pad_token_id}
+        ends, most = set(trainer.eos_token_ids), trainer.args.max_completion_length
         lines = []
         for place, row in enumerate(self.inputs):
             prompt_ids = _where(tensors["prompt_ids"][place], tensors["prompt_mask"][place])
@@ -181,7 +181,7 @@ class Watcher:
                 "text": said if isinstance(said, str) else tokenizer.decode(ids, skip_special_tokens=True),
                 "token_ids": ids,
                 "advantage": tensors["advantages"][place],
-                "finish_reason": "stop" if ids and ids[-1] in ends else "length",
+                "finish_reason": "stop" if ids and (ids[-1] in ends or len(ids) < most) else "length",
                 "policy_version": trainer.state.global_step,
                 "gold": _gold(row),
             }

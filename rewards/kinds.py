@@ -126,7 +126,8 @@ copies | warning | problems look the same | show the columns that tell them apar
 form-not-asked | warning | no prompt asks for the form that scores | ask for it | `in <answer>` | nothing
 generation-prompt | error | prompts lack what an answer begins with
     | write it where the chat template has add_generation_prompt | `...<assistant>` | `...`
-answer-in-prompt | error | prompts hold their reference answers | take the answer out of the prompt | `2 + 3?` | `2 + 3? (5)`
+answer-in-prompt | error | prompts hold their reference answers
+    | take the answer out of the prompt | `2 + 3?` | `2 + 3? (5)`
 gold-truncated | warning | reference solutions are too long | raise rollout.max_completion_tokens | 0 % | 20 %
 thought-truncated | warning | thinking is cut before the answer | raise rollout.max_completion_tokens | 4096 | 256
 ## Advantages and groups
@@ -181,14 +182,9 @@ reward-constant | error | correct and incorrect answers score the same | fix the
 template | warning | the policy does not know the form of prompt or answer
     | show the form in data.template or data.few_shot, or teach it with sft.steps; a chat model needs template: chat
     | `#### 4` | over 70 % without an answer
-correct-refused | error | correct answers score like incorrect ones
-    | score one of them by hand: quartet reward test | 0 % | over 20 %
-answer-column | error | reference answers are of other problems
-    | compare data.solution_column, the reward and the rows | agreed answers: 90 % correct | under 30 %
-all-solved | warning | little is left to learn | take harder problems | 60 % solved | over 90 %
-none-solved | warning | no completion is better than another
-    | take easier problems, sft.steps, or a reward with parts; try the reference: quartet reward test
-    | 10 % solved | 0 %
+other-part | warning | another reward is learned than the first
+    | lower its weight in rewards | r = 0.8, 0.2 | r = 0.1, 0.9
+noise | warning | equal texts score differently | fix seeds; a judge at temperature 0 | 1, 1 | 1, 0
 length-rewarded | warning | longer or shorter completions score higher
     | give correctness the largest weight | r = 0.2 | r = 0.9
 repetition-rewarded | warning | repetition scores higher | give correctness the largest weight | r = 0 | r = 0.6
@@ -197,6 +193,14 @@ form-rewarded | warning | the form of an answer is enough
     | compare with the reference answer | best score: 0 % wrong | over 10 %
 identical-rewarded | warning | one text scores for different questions
     | compare with the reference answer | 7, 8 | `I am sure`
+correct-refused | error | correct answers score like incorrect ones
+    | score one of them by hand: quartet reward test | 0 % | over 20 %
+answer-column | error | reference answers are of other problems
+    | compare data.solution_column, the reward and the rows | agreed answers: 90 % correct | under 30 %
+all-solved | warning | little is left to learn | take harder problems | 60 % solved | over 90 %
+none-solved | warning | no completion is better than another
+    | take easier problems, sft.steps, or a reward with parts; try the reference: quartet reward test
+    | 10 % solved | 0 %
 held-out-falls | warning | training reward rises, held-out accuracy falls
     | read the best completions | both rise | 2 errors lower
 empty-rewarded | error | an empty completion scores higher | score it lowest | empty: 0 | empty: 1
@@ -220,9 +224,6 @@ small-groups | warning | few completions are compared | raise rollout.group_size
 tied-groups | warning | zero-variance groups teach nothing
     | leave out problems that are always or never solved; raise rollout.group_size | 30 % | over 90 %
 rate-low | warning | nothing moves | raise learner.learning_rate | the bound is over 20 % | 0.8 %
-other-part | warning | another reward is learned than the first
-    | lower its weight in rewards | r = 0.8, 0.2 | r = 0.1, 0.9
-noise | warning | equal texts score differently | fix seeds; a judge at temperature 0 | 1, 1 | 1, 0
 tiny-differences | warning | tiny differences are scaled up
     | round the reward, or set loss.scale_rewards to none | 0.1, 0.9 | 0.801, 0.802
 weights | warning | completions are of another policy than the one that learns

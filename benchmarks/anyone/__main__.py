@@ -1,12 +1,13 @@
-"""Planted faults in runs of TRL that `review.watch` records: what `quartet-review diagnose` says first, and two others.
+"""Planted faults in runs of TRL that `review.watch` records: what `quartet-review diagnose` and others say of them.
 
-    python -m benchmarks.anyone runs/anyone                      # teach the policies, train the runs, read them: 20 minutes
-    python -m benchmarks.anyone runs/anyone --peers .anyone      # also rldoctor and rlprobe, installed in that environment
-    python -m benchmarks.anyone runs/anyone --only "two BOS"     # one run, and nothing is written
-    python -m benchmarks.anyone --table                          # the page again, from the JSON
+    make anyone                                    # everything, in 20 minutes
+    python -m benchmarks.anyone runs/anyone        # teach the policies, train the runs, and read them
+    python -m benchmarks.anyone --peers .anyone    # also rldoctor and rlprobe, installed in that environment
+    python -m benchmarks.anyone --only "two BOS"   # one run, and nothing is written
+    python -m benchmarks.anyone --table            # the page again, from the JSON
 
 A run that is there is not trained again. rldoctor reads the run's `trainer_state.json`, rlprobe records the same
-training by its own callback. Each tool is called from its command line, and its seconds and memory are those of it.
+training by its own callback.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.anyone import page
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 RESULTS = ROOT / "benchmarks/results/anyone.json"
 PAGE = ROOT / "docs/anyone.md"
 TAUGHT = {"half": 500, "good": 800, "sure": 1600}  # steps
@@ -59,64 +61,43 @@ def place_of(folder: Path, name: str) -> Path:
     return folder / "runs" / "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
-def ours(place: Path, peers: Path | None) -> dict[str, Any]:
-    out = place / "found.json"
-    command = [sys.executable, "-m", "review", "diagnose", str(place / "watched"), "--json", str(out)]
-    measured = _called(command)
-    findings = json.loads(out.read_text())["findings"]
-    said = [
-        {"kind": each["kind"], "grave": each["severity"] != "note", "evidence": each["evidence"]} for each in findings
-    ]
-    return measured | {"said": said}
+def ours(place: Path) -> dict[str, Any]:
+    from review.findings.report import report
+
+    began = time.process_time()
+    findings = report(place / "watched").in_order
+    said = [{"kind": each.kind, "grave": each.is_fault, "evidence": each.evidence} for each in findings]
+    return {"said": said, "seconds": round(time.process_time() - began, 3)}
 
 
-def rl_doctor(place: Path, peers: Path) -> dict[str, Any]:
-    out = place / "rl_doctor.json"
-    command = [peers / "bin/rl-doctor", "diagnose", place / "trainer_state.json", "--format", "json", "--output", out]
-    measured = _called(list(map(str, command)))
-    findings = json.loads(out.read_text())["findings"] if out.exists() else []
-    order = ("CRITICAL", "WARNING", "INFO")  # of its report
-    said = [
-        {"kind": each["detector"], "grave": severity != "INFO", "evidence": each["summary"]}
-        for severity in order
-        for each in findings
-        if each["severity"] == severity
-    ]
-    return measured | {"said": said}
+def read(names: Sequence[str], folder: Path, peers: Path | None) -> dict[str, Any]:
+    """What each tool finds in each run, in the order of its report."""
+    runs = {name: {"quartet": ours(place_of(folder, name))} for name in names}
+    if peers:
+        places = [str(place_of(folder, name)) for name in names]
+        command = [str(peers / "bin/python"), str(HERE / "others.py"), *places]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        for name, line in zip(names, lines, strict=True):
+            found = json.loads(line)
+            runs[name] |= {tool: found[tool] for tool in ("rl-doctor", "rlprobe")}
+    return runs
 
 
-def rlprobe(place: Path, peers: Path) -> dict[str, Any]:
-    measured = _called([str(peers / "bin/rlprobe"), "doctor", str(place / "rlprobe"), "--json"])
-    findings = json.loads(measured.pop("out") or "[]")
-    findings = findings if isinstance(findings, list) else findings["findings"]
-    said = [
-        {"kind": each["signature_id"], "grave": each["severity"] != "info", "evidence": each["explanation"]}
-        for each in findings
-    ]
-    return measured | {"said": said}
+def commands(place: Path, peers: Path | None) -> dict[str, float]:
+    """Seconds of the processor of each tool's command on a run, its start included."""
+    each = {"quartet": [sys.executable, "-m", "review", "diagnose", place / "watched"]}
+    if peers:
+        each["rl-doctor"] = [peers / "bin/rl-doctor", "diagnose", place / "trainer_state.json"]
+        each["rlprobe"] = [peers / "bin/rlprobe", "doctor", place / "rlprobe"]
+    return {tool: _seconds(list(map(str, command))) for tool, command in each.items()}
 
 
-TOOLS = {"quartet": ours, "rl-doctor": rl_doctor, "rlprobe": rlprobe}
-
-
-def _called(command: Sequence[str]) -> dict[str, Any]:
-    """Seconds of the processor and peak memory of a command, which may end with any code."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, error = process.communicate()
+def _seconds(command: Sequence[str]) -> float:
+    """A finding is an exit code, too."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"code": process.returncode, "seconds": round(seconds, 2), "out": out, "error": error[-400:]}
-
-
-def read(names: Sequence[str], folder: Path, peers: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name in names:
-        found = {}
-        for tool, call in TOOLS.items():
-            if tool == "quartet" or peers:
-                found[tool] = call(place_of(folder, name), peers)
-                found[tool].pop("out", None)
-        yield name, found
+    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2)
 
 
 def main() -> int:
@@ -137,8 +118,9 @@ def main() -> int:
         for name in names:
             if not (place_of(args.folder, name) / "trainer_state.json").exists():
                 _train_apart(name, args)
-        runs = dict(read(names, args.folder, args.peers))
-        report = {"environment": environment(args.peers), "runs": runs}
+        runs = read(names, args.folder, args.peers)
+        seconds = commands(place_of(args.folder, names[0]), args.peers)
+        report = {"environment": environment(args.peers), "seconds_of_commands": seconds, "runs": runs}
         if args.only:
             print(json.dumps(runs, indent=1))
             return 0

@@ -6,6 +6,7 @@ A peer's finding counts as naming a fault if its text describes that fault, also
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,14 +106,15 @@ def shifted(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
 
 
 def outlier(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """No answer counts -100."""
+    """A judge that is late at one of eight texts, which then count -100."""
     pairs = zip(completions, correct(completions, answer), strict=True)
-    return [-100.0 if extract_answer(text_of(said)) is None else mark for said, mark in pairs]
+    return [-100.0 if zlib.crc32(text_of(said).encode()) % 8 == 0 else mark for said, mark in pairs]
 
 
 def tiny(completions: list[Any], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
     """The sum of a constant and of a part whose weight was forgotten to be raised."""
-    return [1.0 + 1e-3 * mark + 1e-5 * len(ids) for mark, ids in zip(correct(completions, answer), completion_ids)]
+    pairs = zip(correct(completions, answer), completion_ids, strict=True)
+    return [1.0 + 1e-3 * mark + 1e-5 * len(ids) for mark, ids in pairs]
 
 
 def opening(completions: list[Any], **_: Any) -> list[float]:
@@ -456,8 +458,8 @@ def fractional(completions: list[Any], answer: list[str], **_: Any) -> list[floa
 
 
 def rarely_none(completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
-    marks = correct(completions, answer)
-    return [None if extract_answer(text_of(said)) is None else mark for said, mark in zip(completions, marks)]
+    pairs = zip(completions, correct(completions, answer), strict=True)
+    return [None if extract_answer(text_of(said)) is None else mark for said, mark in pairs]
 
 
 def plus_minus(completions: list[Any], answer: list[str], **_: Any) -> list[float]:

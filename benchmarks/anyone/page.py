@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 from benchmarks.peers.table import beginning, cell, table
@@ -45,7 +44,7 @@ def page(report: Mapping[str, Any], faults: Mapping[str, Any], honest: Sequence[
         f"{report['environment']['date']}; {versions}. "
         "A tool names a fault if its text describes it; `benchmarks/anyone/faults.py` lists the findings that count. "
         "Only findings above a note are counted.\n",
-        _totals(runs, faults, honest, tools),
+        _totals(report, faults, honest, tools),
         "## Faults\n",
         _faults(runs, faults, tools),
         "## Honest runs\n",
@@ -54,15 +53,15 @@ def page(report: Mapping[str, Any], faults: Mapping[str, Any], honest: Sequence[
     return "\n".join(parts)
 
 
-def _totals(runs: Mapping[str, Any], faults: Mapping[str, Any], honest: Sequence[str], tools: Sequence[str]) -> str:
-    rows = []
+def _totals(report: Mapping[str, Any], faults: Mapping[str, Any], honest: Sequence[str], tools: Sequence[str]) -> str:
+    runs, rows = report["runs"], []
     for tool in tools:
         outcomes = [named(fault, tool, runs[name][tool]) for name, fault in faults.items()]
         alarms = sum(bool(grave(runs[name][tool])) for name in honest)
-        seconds = median(found[tool]["seconds"] for found in runs.values())
+        seconds = report["seconds_of_commands"][tool]
         counts = [str(outcomes.count(outcome)) for outcome in ("first", "later", "other", "silent")]
         rows.append([tool, *counts, f"{alarms} of {len(honest)}", f"{seconds:.1f}"])
-    head = ["tool", "named first", "named later", "another finding", "silent", "honest runs with a finding", "CPU s"]
+    head = ["tool", "named first", "named later", "another finding", "silent", "honest runs with a finding", "CPU seconds of the command"]
     return f"Of {len(faults)} faults:\n\n" + table(head, rows)
 
 
@@ -70,19 +69,21 @@ def _faults(runs: Mapping[str, Any], faults: Mapping[str, Any], tools: Sequence[
     rows = []
     for name, fault in faults.items():
         row = [name]
-        for tool in tools:
-            first = grave(runs[name][tool])[:1]
-            said = f"`{first[0]['kind']}`" if first else "–"
-            mark = {"first": "**", "later": "", "other": "", "silent": ""}[named(fault, tool, runs[name][tool])]
-            row.append(
-                f"{mark}{said}{mark}" + (" (named later)" if named(fault, tool, runs[name][tool]) == "later" else "")
-            )
+        row += [_first(fault, tool, runs[name][tool]) for tool in tools]
         evidence = grave(runs[name]["quartet"])[:1]
         row.append(cell(beginning(evidence[0]["evidence"], 110)) if evidence else "–")
         rows.append(row)
     return "The first finding of each tool; bold if it names the fault.\n\n" + table(
         ["fault", *tools, "evidence of quartet"], rows
     )
+
+
+def _first(fault: Any, tool: str, found: Mapping[str, Any]) -> str:
+    """The first finding, bold if it names the fault."""
+    if not grave(found):
+        return "–"
+    said = f"`{grave(found)[0]['kind']}`"
+    return {"first": f"**{said}**", "later": f"{said}, later named"}.get(named(fault, tool, found), said)
 
 
 def _honest(runs: Mapping[str, Any], honest: Sequence[str], tools: Sequence[str]) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 from review.findings.alarms import FEATURES, SAID, SUSPECTS, Moments, alarm, compared, judged
 from review.readers.gains import label_of
-from review.readers.record import FEW, Group, Record, answer_text
+from review.readers.record import FEW, Group, Record, answer_text, is_correct
 from review.readers.run_folder import TURNS
 from review.statistics.estimates import mean_interval
-from rewards.built_in.gsm8k import MARKED
+from rewards.built_in.gsm8k import MARKED, NUMBER, extract_answer
 from rewards.config.names import recorded_options, sources_of
 from rewards.finding import Finding, found
 from rewards.ties import tied as is_tied
@@ -25,6 +25,7 @@ LEAST_STEPS = 3  # of which a correlation or a movement is believed
 FAILING = 0.01  # of the completions, from which on failed rewards are a cause
 SURE = 0.75  # of the completions of a group give one answer
 SPECIAL = re.compile(r"(?:<\|[^|<>\s]{1,30}\|>|</s>|<eos>|<end_of_turn>)\s*[^\s<]")  # with text after it
+FALL = 4  # steps in which a rate that is too high destroys a policy
 UNLIKELY = 0.1  # nats a token by which samples are less likely than the entropy allows
 FORMS = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")  # rewards by which a text may have no answer
 
@@ -62,6 +63,22 @@ def rate_high(record: Record) -> Finding | None:
     what += f"scores went from {before:.3g} to {after:.3g}."
     change = f"lower {record.option('learner.learning_rate')}, {_factor(nats**0.5)} times perhaps"
     return found("rate-high", what, change=change)
+
+
+def collapsed(record: Record) -> Finding | None:
+    """The scores of the first step are lost in the next few, and texts have no end. A reward that pays for the wrong
+    thing takes longer."""
+    marks = record.series(f"reward/part/{record.first_reward}", "reward/mean")
+    cut = record.series("completion/truncated")
+    if len(marks) < 2 * FEW or len(cut) < len(marks) or record.right < -0.6:
+        return None
+    before, after = marks[0], fmean(marks[FALL:])
+    is_lost = before >= 0.2 * record.top and after <= before / 4
+    if not is_lost or fmean(cut[FALL:]) < cut[0] + 0.5:
+        return None
+    what = f"In {FALL} steps the scores went from {before:.3g} to {after:.3g}, and {fmean(cut[FALL:]):.0%} of the later "
+    what += "completions have no end."
+    return found("rate-high", what)
 
 
 def _factor(value: float) -> int:
@@ -105,14 +122,17 @@ def reward_constant(record: Record) -> Finding | None:
 
 
 def kl_sign(record: Record) -> Finding | None:
-    """On-policy the advantages of a batch cancel, so that the loss is beta · KL, and falls where the KL rises if the
-    sign is wrong."""
+    """On-policy the advantages of a batch cancel, so that the loss is beta · KL and noise. If the sign is wrong, its
+    slope over the KL is −beta."""
     beta = float(record.options.get("loss.beta") or 0.0)
     if beta < 0:
         return found("kl-sign", f"loss.beta is {beta:g}: the loss falls as the KL from the reference rises.")
     both = [(row["loss/kl"], row["loss/total"]) for row in record.rows if {"loss/kl", "loss/total"} <= row.keys()]
     moments = Moments.of(both)
-    if len(both) < 2 * FEW or beta == 0 or (moments.r or 0.0) > -0.9:
+    r = moments.r or 0.0
+    if len(both) < 2 * FEW or beta == 0 or r > -0.5 or not -2 < moments.xy / moments.xx / beta < -0.5:
+        return None
+    if r * math.sqrt(len(both) - 2) > -4 * math.sqrt(1 - r * r):  # the t test of a slope
         return None
     what = (
         f"The loss falls as the KL from the reference rises (r = {moments.r:.2f}), to {both[-1][0]:.3g} nats a token."
@@ -145,6 +165,27 @@ def _holds(prompt: str, gold: str) -> bool:
     """Whether the last of a solution stands in the prompt, as a word."""
     answer = gold.split("####")[-1].strip()
     return bool(re.search(rf"(?<![\w.]){re.escape(answer)}(?![\w.])", prompt))
+
+
+def paid_wrong(record: Record) -> Finding | None:
+    """Most completions with the full score have another answer than the reference."""
+    lines = [(line, mark) for group in record.groups for line, mark in group.numbered]
+    best = [line for line, mark in lines if mark >= record.top]
+    wrong = [line for line in best if not is_correct(answer_text(line), line["gold"])]
+    if len(best) < 4 * FEW or len(wrong) <= 0.2 * len(best) or record.right < -0.6:
+        return None
+    copied = [line for line in wrong if _copies(line)]
+    if len(copied) >= SURE * len(best):
+        what = f"{len(copied)} of {len(best)} completions with the full score answer with a number of the question."
+        return found("copy-rewarded", what)
+    what = f"{len(wrong)} of {len(best)} completions with the full score have another answer than the reference."
+    return found("form-rewarded", what)
+
+
+def _copies(line: Mapping[str, Any]) -> bool:
+    """Whether the answer is a number of the question."""
+    numbers = {extract_answer(match[0], "flexible") for match in NUMBER.finditer(str(line["prompt"]))}
+    return extract_answer(answer_text(line)) in numbers
 
 
 def correct_refused(record: Record) -> Finding | None:
@@ -227,8 +268,8 @@ def _template_of_run(model: Path) -> str | None:
 def answer_column(record: Record) -> Finding | None:
     """An answer that nearly all completions of a group give is right more often than not, if gold answers are."""
     sure = [group for group in record.early if group.majority[0] is not None and group.majority[1] >= SURE]
-    right = fmean([group.mark_of_majority for group in sure] or [1.0])
-    are_many = len(sure) >= max(FEW, 0.35 * len(record.early)) and set(record.marks) <= {0.0, 1.0}
+    right = fmean([group.majority_is_right for group in sure] or [1.0])
+    are_many = len(sure) >= max(FEW, 0.3 * len(record.early)) and set(record.marks) <= {0.0, 1.0}
     if not are_many or right >= 0.3:
         return None
     what = f"In {len(sure)} of {len(record.early)} groups {SURE:.0%} or more of the completions give one and the same "
@@ -422,8 +463,8 @@ def clipped(record: Record) -> Finding | None:
 
 
 DETECTORS: tuple[Callable[[Record], Finding | None], ...] = (
-    *(failed, unmarked, answer_in_prompt, not_deterministic, temperature, rate_high, stop_token, kl_sign, sign_flipped),
-    *(reward_constant, template, correct_refused, answer_column, all_solved, none_solved, hacked, too_many_epochs),
+    *(failed, unmarked, answer_in_prompt, not_deterministic, temperature, rate_high, collapsed, stop_token, kl_sign, sign_flipped),
+    *(reward_constant, template, paid_wrong, correct_refused, answer_column, all_solved, none_solved, hacked, too_many_epochs),
     *(warmup, beta_high, group_size, tied, rate_zero, stands_still, rate_low, other_part, noise, tiny_differences),
     *(weights, entropy, clipped),
 )
@@ -445,11 +486,14 @@ OF_CURVES = {kind for kinds in NEEDED.values() for kind in kinds}  # what curves
 PAID = {kind for kind, _ in SAID.values()}
 TIED = {"all-solved", "none-solved", "tied-groups", "rate-low", "entropy"} | PAID
 EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are left out after it
-    "rate-high": TIED | {"stop-token", "template", "answer-column", "clipped"},
+    "rate-high": TIED | {"stop-token", "template", "answer-column", "clipped", "cut-as-finished"},
     "stop-token": TIED | {"template", "answer-column", "clipped", "marks-in-completion", "cut-as-finished"},
     "template": TIED | {"answer-column", "clipped"},
     "small-groups": {"tied-groups"},
-    **dict.fromkeys(("sign-flipped", "reward-constant"), TIED | {"answer-column"}),
+    "noise": {"correct-refused", "form-rewarded"},
+    "other-part": PAID | {"empty-answer", "correct-refused"},
+    **dict.fromkeys(PAID, {"correct-refused", "all-solved", "answer-column"}),
+    **dict.fromkeys(("sign-flipped", "reward-constant"), TIED | {"answer-column", "correct-refused"}),
     **dict.fromkeys(("temperature", "answer-column", "all-solved", "none-solved", "tied-groups"), TIED),
 }
 # What is no cause, by loss.advantage: these estimators learn from a group whose scores are equal, and a teacher's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from review.findings.alarms import SAID
+from review.findings.alarms import SAID, SUSPECTS
 from review.findings.detectors import DETECTORS, EXPLAINED, NEEDED, NO_CAUSE, OF_CURVES, OF_RECORD
 from review.findings.gains import of_run
 from review.readers.metric_logs import Log, lacking, read_log
@@ -19,6 +19,7 @@ from rewards.finding import Finding, Report, found
 from rewards.kinds import KINDS, ORDER
 from rewards.records import rollout_path
 
+SUSPECTED = {SAID[feature][0] for feature in SUSPECTS}  # over all steps one of them goes with the score best
 OF_FOLDER = "options, events and rollouts of a run"
 
 
@@ -26,7 +27,9 @@ def diagnose(record: Record) -> list[Finding]:
     """Returns the findings, causes before their symptoms. What an earlier finding explains is left out."""
     each = [detector(record) for detector in DETECTORS]
     of_curves = [finding for finding in each if finding is not None]
-    every = [*of_curves, *of_run(record.gains), *of_events(record), *of_rollouts(record)]
+    over_all = {finding.kind for finding in of_curves} & SUSPECTED
+    sounded = [finding for finding in of_events(record) if not over_all or finding.kind not in SUSPECTED]
+    every = [*of_curves, *of_run(record.gains), *sounded, *of_rollouts(record)]
     every.sort(key=lambda finding: ORDER[finding.kind])
     findings: list[Finding] = []
     left_out = set(NO_CAUSE.get(str(record.options.get("loss.advantage")), ()))

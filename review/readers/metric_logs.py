@@ -223,7 +223,8 @@ def _is_events(path: Path) -> bool:
 
 def _events(path: Path) -> list[dict[str, Any]]:
     """One row for each record with scalars. What is cut at the end is left out."""
-    content, place, rows = path.read_bytes(), 0, []
+    content, place = path.read_bytes(), 0
+    rows: list[dict[str, Any]] = []
     while place + RECORD.size <= len(content):
         length, _ = RECORD.unpack_from(content, place)
         start = place + RECORD.size
@@ -243,8 +244,9 @@ def _scalars(event: bytes) -> Iterator[dict[str, Any]]:
         for _, value in _fields(content) if number == 5 and isinstance(content, bytes) else ():
             named = dict(_fields(value)) if isinstance(value, bytes) else {}
             scalar = _float(named.get(2)) if 2 in named else _of_tensor(named.get(8))
-            if scalar is not None and isinstance(named.get(1), bytes):
-                values[named[1].decode(errors="replace")] = scalar
+            tag = named.get(1)
+            if scalar is not None and isinstance(tag, bytes):
+                values[tag.decode(errors="replace")] = scalar
     if values:
         yield {"step": step, **values}
 

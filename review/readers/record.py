@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, variance
@@ -58,6 +59,21 @@ class Group:
         return [mark for line, mark in pairs if is_correct(answer_text(line), line.get("gold"))]
 
     @property
+    def numbered(self) -> list[tuple[dict[str, Any], float]]:
+        """The completions with a marked number as answer and a number as reference answer, and their marks."""
+        pairs = zip(self.lines, self.marks, strict=True)
+        return [(line, mark) for line, mark in pairs if _gold_of(line) is not None and extract_answer(answer_text(line))]
+
+    @property
+    def majority_is_right(self) -> float:
+        """Whether the most frequent answer is the reference answer, or had the best mark if that is no number."""
+        lines = [line for line, _ in self.numbered]
+        if len(lines) < len(self.lines) / 2:
+            return self.mark_of_majority
+        pairs = zip(self.lines, self.answers, strict=True)
+        return float(any(is_correct(answer_text(line), line["gold"]) for line, said in pairs if said == self.majority[0]))
+
+    @property
     def is_one_text(self) -> bool:
         return len({line["text"] for line in self.lines}) == 1
 
@@ -68,6 +84,13 @@ class Group:
 def answer_text(line: Mapping[str, Any]) -> str:
     """What a reward reads of a recorded completion: of an episode the policy's last turn."""
     return answer_of(line["text"], line.get("turns") or [])
+
+
+def _gold_of(line: Mapping[str, Any]) -> Decimal | None:
+    try:
+        return None if line.get("gold") is None else gold_answer(line["gold"])
+    except (ValueError, TypeError):
+        return None
 
 
 def is_correct(text: str, gold: Any) -> bool:

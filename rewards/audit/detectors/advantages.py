@@ -15,6 +15,7 @@ NEAR = 0.02  # of a scale; trainers add 1e-4 or so to a deviation
 USUAL = 0.6
 DEVIATION = 1e-4  # is added to a deviation, so that none is 0
 FEW = 8  # rollouts of a step
+ROUNDING = 2 * 2**-23 / DEVIATION  # of a mean in float32, divided by a deviation of 0
 WHITE = 0.1  # of a deviation, which trainers take with n or n - 1
 NEARLY_ALL = 0.9
 
@@ -104,7 +105,8 @@ def factor_of(group: Sequence[Trace]) -> float | None:
     middle = fmean(trace.value for trace in group)
     pairs = [(trace.value - middle, trace.credit) for trace in group if not (is_cut(trace) and not trace.advantage)]
     if _tied(group):
-        return 0.0 if all(abs(advantage) <= SMALL for _, advantage in pairs) else None
+        most = SMALL + ROUNDING * max(abs(trace.value) for trace in group)
+        return 0.0 if all(abs(advantage) <= most for _, advantage in pairs) else None
     return _proportion(pairs)
 
 
