@@ -21,7 +21,7 @@ KERNELS := .kernels
 TRITON_VERSION := 3.7.1# of torch 2.13
 KERNELS_STAMP := $(KERNELS)/.installed-$(TRITON_VERSION)
 
-.PHONY: help demo wheels release reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu kernels profile peers learn learn-all figures tinker house lint clean
+.PHONY: help demo wheels release reference models docs smollm2 vllm quantize test test-slow test-vllm test-browser gpu kernels profile peers anyone learn learn-all figures tinker house lint clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -97,6 +97,10 @@ learn: $(DEV_STAMP) ## how much less GRPO has to sample: word problems, two cont
 
 learn-all: $(DEV_STAMP) ## both tasks, into docs/learning.md, in pieces of 40 minutes: it goes on where it stopped
 	$(BIN)/python -m benchmarks.learn --tasks words spelling $(ARGS)
+
+anyone: $(DEV_STAMP) ## planted faults in runs of TRL: what diagnose, rldoctor and rlprobe find, into docs/anyone.md, in 20 minutes
+	$(PYTHON) -m venv .anyone && .anyone/bin/python -m pip install --quiet rldoctor rlprobe reward-doctor
+	$(BIN)/python -m benchmarks.anyone --peers .anyone $(ARGS)
 
 figures: $(DEV_STAMP) ## measure the figures of benchmarks/RESULTS.md again, in some four hours; ARGS=demo measures one of them
 	$(PIP) -e rewards -e review -e ".[low-memory]"

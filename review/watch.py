@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import zstandard
 
-from review.findings.alarms import Alarms, Watched
+from review.findings.alarms import SCORE, Alarms, Watched
 from review.findings.templates import of_prompts, of_template
 from review.readers.metric_logs import TRL
 from review.readers.run_folder import ENVIRONMENT
@@ -78,7 +78,7 @@ class Watcher:
     def __init__(self, trainer: Any, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
         self.writes = trainer.accelerator.is_main_process
-        self.alarms = Alarms(["score", *trainer.reward_func_names])
+        self.alarms = Alarms([SCORE])  # a part of it may pay for length or form on purpose
         self.rewards: list[list[float | None]] = []  # [completion][function], of all processes
         self.inputs: list[Mapping[str, Any]] = []
         self.completions: list[Any] = []  # texts, or messages
@@ -277,7 +277,7 @@ class Watcher:
             self.event("alarm", step=self.step_of_lines, said=alarm.evidence, **alarm.as_json())
 
     def _watched(self, line: Mapping[str, Any]) -> Watched:
-        marks = {"score": line["reward"], **line["parts"]}
+        marks = {SCORE: line["reward"]}
         question = str(line["prompt"])
         ids = line["token_ids"]
         if "sampled" in line:

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "benchmarks/results/anyone.json"
 PAGE = ROOT / "docs/anyone.md"
-TAUGHT = {"half": 500, "good": 800, "sure": 1600}  # steps
+TAUGHT = {"half": 500, "sure": 1600}  # steps
 SEED = 1
 
 

@@ -61,7 +61,15 @@ def _totals(report: Mapping[str, Any], faults: Mapping[str, Any], honest: Sequen
         seconds = report["seconds_of_commands"][tool]
         counts = [str(outcomes.count(outcome)) for outcome in ("first", "later", "other", "silent")]
         rows.append([tool, *counts, f"{alarms} of {len(honest)}", f"{seconds:.1f}"])
-    head = ["tool", "named first", "named later", "another finding", "silent", "honest runs with a finding", "CPU seconds of the command"]
+    head = [
+        "tool",
+        "named first",
+        "named later",
+        "another finding",
+        "silent",
+        "honest runs with a finding",
+        "CPU seconds of the command",
+    ]
     return f"Of {len(faults)} faults:\n\n" + table(head, rows)
 
 

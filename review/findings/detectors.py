@@ -26,7 +26,7 @@ FAILING = 0.01  # of the completions, from which on failed rewards are a cause
 SURE = 0.75  # of the completions of a group give one answer
 SPECIAL = re.compile(r"(?:<\|[^|<>\s]{1,30}\|>|</s>|<eos>|<end_of_turn>)\s*[^\s<]")  # with text after it
 FALL = 4  # steps in which a rate that is too high destroys a policy
-UNLIKELY = 0.1  # nats a token by which samples are less likely than the entropy allows
+UNLIKELY = 0.05  # nats a token by which samples are less likely than the entropy allows
 FORMS = ("gsm8k", "gsm8k_flexible", "gsm8k_boxed", "gsm8k_lm_eval")  # rewards by which a text may have no answer
 
 
@@ -76,7 +76,9 @@ def collapsed(record: Record) -> Finding | None:
     is_lost = before >= 0.2 * record.top and after <= before / 4
     if not is_lost or fmean(cut[FALL:]) < cut[0] + 0.5:
         return None
-    what = f"In {FALL} steps the scores went from {before:.3g} to {after:.3g}, and {fmean(cut[FALL:]):.0%} of the later "
+    what = (
+        f"In {FALL} steps the scores went from {before:.3g} to {after:.3g}, and {fmean(cut[FALL:]):.0%} of the later "
+    )
     what += "completions have no end."
     return found("rate-high", what)
 
@@ -318,7 +320,7 @@ def _differs_from_zero(values: list[float]) -> bool:
 def group_size(record: Record) -> Finding | None:
     size, ties = int(record.options.get("rollout.group_size") or 8), record.mean("group/zero_variance")
     stands_still = record.has_rise and record.rise[2] <= 2
-    if size >= 4 or not (stands_still or (ties > 0.5 and not record.has_rise)):
+    if size >= 4 or ties <= 0.75 or (record.has_rise and not stands_still):
         return None
     return found("small-groups", f"Groups have {size} completions, and {ties:.0%} of them have zero variance.")
 
@@ -463,8 +465,29 @@ def clipped(record: Record) -> Finding | None:
 
 
 DETECTORS: tuple[Callable[[Record], Finding | None], ...] = (
-    *(failed, unmarked, answer_in_prompt, not_deterministic, temperature, rate_high, collapsed, stop_token, kl_sign, sign_flipped),
-    *(reward_constant, template, paid_wrong, correct_refused, answer_column, all_solved, none_solved, hacked, too_many_epochs),
+    *(
+        failed,
+        unmarked,
+        answer_in_prompt,
+        not_deterministic,
+        temperature,
+        rate_high,
+        collapsed,
+        stop_token,
+        kl_sign,
+        sign_flipped,
+    ),
+    *(
+        reward_constant,
+        template,
+        paid_wrong,
+        correct_refused,
+        answer_column,
+        all_solved,
+        none_solved,
+        hacked,
+        too_many_epochs,
+    ),
     *(warmup, beta_high, group_size, tied, rate_zero, stands_still, rate_low, other_part, noise, tiny_differences),
     *(weights, entropy, clipped),
 )

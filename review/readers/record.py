@@ -62,7 +62,9 @@ class Group:
     def numbered(self) -> list[tuple[dict[str, Any], float]]:
         """The completions with a marked number as answer and a number as reference answer, and their marks."""
         pairs = zip(self.lines, self.marks, strict=True)
-        return [(line, mark) for line, mark in pairs if _gold_of(line) is not None and extract_answer(answer_text(line))]
+        return [
+            (line, mark) for line, mark in pairs if _gold_of(line) is not None and extract_answer(answer_text(line))
+        ]
 
     @property
     def majority_is_right(self) -> float:
@@ -71,7 +73,9 @@ class Group:
         if len(lines) < len(self.lines) / 2:
             return self.mark_of_majority
         pairs = zip(self.lines, self.answers, strict=True)
-        return float(any(is_correct(answer_text(line), line["gold"]) for line, said in pairs if said == self.majority[0]))
+        return float(
+            any(is_correct(answer_text(line), line["gold"]) for line, said in pairs if said == self.majority[0])
+        )
 
     @property
     def is_one_text(self) -> bool:

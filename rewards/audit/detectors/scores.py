@@ -76,6 +76,9 @@ def outliers(rollouts: Rollouts) -> Iterator[Finding]:
     low, high = rewards[len(rewards) // 20], rewards[-1 - len(rewards) // 20]
     spread = high - low
     least, most = min(low - FAR * spread, -USUAL), max(high + FAR_ABOVE * spread, USUAL)
+    rest = [value for value in rewards if value > rewards[0]]
+    if len(rest) > len(rewards) / 2 and rest[0] - rewards[0] > FAR * (rest[-1] - rest[0]) and rewards[0] < -USUAL:
+        least, low = rest[0], rest[0]  # one value for many failures
     far = [t for t in rollouts.trained if t.scored and not least <= t.value <= most]
     if far and spread:
         what = f"{len(far)} rewards lie far outside of the others, which are {low:g} to {high:g}"
