@@ -479,7 +479,7 @@ HONEST: dict[str, Callable[[Setup], None]] = {
     "LoRA": lora,
     "two parts": pays(correct, form, weights=[1.0, 0.2]),
     "a small length penalty": pays(correct, length, weights=[1.0, -0.1]),
-    "accumulation": option(per_device_train_batch_size=16, gradient_accumulation_steps=2),
+    "accumulation": option(per_device_train_batch_size=12, gradient_accumulation_steps=2),
     "two iterations": option(num_iterations=2),
     "beta 0.04": option(beta=0.04),
     "Dr. GRPO": option(loss_type="dr_grpo", scale_rewards="none"),

@@ -515,7 +515,7 @@ EXPLAINED: dict[str, set[str]] = {  # the consequences of a cause, which are lef
     "small-groups": {"tied-groups"},
     "noise": {"correct-refused", "form-rewarded"},
     "other-part": PAID | {"empty-answer", "correct-refused"},
-    **dict.fromkeys(PAID, {"correct-refused", "all-solved", "answer-column"}),
+    **{kind: {"correct-refused", "all-solved", "answer-column"} for kind in PAID},
     **dict.fromkeys(("sign-flipped", "reward-constant"), TIED | {"answer-column", "correct-refused"}),
     **dict.fromkeys(("temperature", "answer-column", "all-solved", "none-solved", "tied-groups"), TIED),
 }

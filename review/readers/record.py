@@ -62,9 +62,7 @@ class Group:
     def numbered(self) -> list[tuple[dict[str, Any], float]]:
         """The completions with a marked number as answer and a number as reference answer, and their marks."""
         pairs = zip(self.lines, self.marks, strict=True)
-        return [
-            (line, mark) for line, mark in pairs if _gold_of(line) is not None and extract_answer(answer_text(line))
-        ]
+        return [(line, mark) for line, mark in pairs if _has_numbers(line)]
 
     @property
     def majority_is_right(self) -> float:
@@ -73,9 +71,8 @@ class Group:
         if len(lines) < len(self.lines) / 2:
             return self.mark_of_majority
         pairs = zip(self.lines, self.answers, strict=True)
-        return float(
-            any(is_correct(answer_text(line), line["gold"]) for line, said in pairs if said == self.majority[0])
-        )
+        most = [line for line, said in pairs if said == self.majority[0]]
+        return float(any(is_correct(answer_text(line), line.get("gold")) for line in most))
 
     @property
     def is_one_text(self) -> bool:
@@ -95,6 +92,10 @@ def _gold_of(line: Mapping[str, Any]) -> Decimal | None:
         return None if line.get("gold") is None else gold_answer(line["gold"])
     except (ValueError, TypeError):
         return None
+
+
+def _has_numbers(line: Mapping[str, Any]) -> bool:
+    return _gold_of(line) is not None and extract_answer(answer_text(line)) is not None
 
 
 def is_correct(text: str, gold: Any) -> bool:

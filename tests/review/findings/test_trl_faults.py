@@ -62,7 +62,7 @@ def test_a_text_has_two_log_probabilities_in_a_step(tmp_path: Any, gap: float, i
 @pytest.mark.parametrize(("logprob", "is_found"), [(-1.5, True), (-1.0, False), (-0.5, False)])
 def test_samples_are_less_likely_than_the_entropy_allows(tmp_path: Any, logprob: float, is_found: bool) -> None:
     def rows(step: int, prompt: int, sample: int) -> dict[str, Any]:
-        return {"policy_logprobs": [logprob - 0.01 * step] * 3, "token_ids": [1, 2, sample]}
+        return {"policy_logprobs": [logprob - 0.001 * step] * 3, "token_ids": [1, 2, sample]}
 
     assert ("weights" in kinds(run(tmp_path, rows, {"policy/entropy": 1.0}))) == is_found
 
@@ -151,7 +151,7 @@ class Tokenizer:
 
     bos_token, bos_token_id = "<s>", 0
     words: Sequence[str] = ("<s>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
-    all_special_tokens = list(words)
+    all_special_tokens = words
 
     def __init__(self, template: str) -> None:
         self.chat_template = template
