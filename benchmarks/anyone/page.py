@@ -43,7 +43,8 @@ def page(report: Mapping[str, Any], faults: Mapping[str, Any], honest: Sequence[
         "[rlprobe](https://pypi.org/project/rlprobe/) records the same training with its own callback.\n",
         f"{report['environment']['date']}; {versions}. "
         "A tool names a fault if its text describes it; `benchmarks/anyone/faults.py` lists the findings that count. "
-        "Only findings above a note are counted.\n",
+        "Only findings above a note are counted. Quartet's limits were chosen on these runs, so that its counts are a "
+        "bound from above.\n",
         _totals(report, faults, honest, tools),
         "## Faults\n",
         _faults(runs, faults, tools),
