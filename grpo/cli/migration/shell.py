@@ -50,6 +50,9 @@ class Shell(Builtins):
             self.run_all(parse(text.translate(dict.fromkeys(range(0xE000, 0xE003)))))
         except (Ended, Left):
             pass
+        except RecursionError:
+            if not self.commands:
+                raise ValueError(f"the shell text nests commands or brackets too deeply; {self.way_out()}") from None
         except ValueError:
             if not self.commands:  # else it is after the command
                 raise
@@ -84,11 +87,11 @@ class Shell(Builtins):
             self.assigned = ""
             self.assign(name, f"{before}{text}")
             return
-        values = self.all(name) if appends else []
+        values = [*self.all(name)] if appends else []
         for element in array.get("Elems", []):
             if "Index" in element:
                 self.refuse(source)
-            values = values + self.fields(element["Value"])
+            values += self.fields(element["Value"])
         self.assign(name, values)
 
     def _set_names(self, name: str, before: dict[str, str], array: Node) -> None:
@@ -138,6 +141,7 @@ class Shell(Builtins):
             self.run(statement)
 
     def run(self, statement: Node) -> None:
+        self.spend(100)
         line = self.line = statement["Pos"]["Line"]
         self.source = statement["Text"]
         node = statement.get("Cmd", {"Type": "CallExpr"})
@@ -425,7 +429,7 @@ class Shell(Builtins):
         if name in SUCCEED:
             self.status = True
         elif (name in SHELLS or script == words[0]) and self.path(script).is_file():
-            self._nested(self.path(script).read_text(encoding="utf-8"), words[words.index(script) + 1 :], script)
+            self._nested(self.content(self.path(script)), words[words.index(script) + 1 :], script)
         elif self._is_started(text := self._script_in(words)):
             self._nested(text, [])
         elif name not in LOOKS_FOR and any(self._is_started(word) for word in words):

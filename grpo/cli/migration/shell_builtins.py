@@ -236,7 +236,7 @@ class Builtins(Conditions):
         if not is_known(words[0]) or not path.is_file():
             self.pass_over()
             return
-        before, text = self.copy(), path.read_text(encoding="utf-8", errors="replace")
+        before, text = self.copy(), self.content(path)
         self.descend()
         self.file, self.arguments = str(path), words[1:] or self.arguments
         try:

@@ -19,6 +19,8 @@ EQUAL = {"=", "==", "!="}
 ORDER = {"<": operator.lt, ">": operator.gt, "\\<": operator.lt, "\\>": operator.gt}
 NUMBER = re.compile(r"\s*[-+]?\d+\s*")
 NUMBERS = {f"-{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+REPEATS = re.compile(r"[*+?{]")
+MOST_REPEATS, LONGEST = 3, 200  # of an expression, and of the text that it is looked for in
 OF_FILES = {"-e", "-f", "-r", "-s", "-a"}
 Way = Callable[["Conditions"], None]
 """What a shell carries out if a condition goes one way."""
@@ -155,7 +157,7 @@ class Conditions(Words):
         return matches(left, self.pattern(second)) != (sign == "!=")
 
     def _found(self, text: str, expression: str) -> bool:
-        if not is_known(text + expression) or "[:" in expression:
+        if not is_known(text + expression) or "[:" in expression or _may_hang(text, expression):
             self.undecided(f"{text} =~ {expression}")
         try:
             found = re.search(expression, text)
@@ -216,6 +218,12 @@ class Conditions(Words):
         if not is_known(value):
             self.undecided(value)
         self.status, self.code = value != "0", "1"
+
+
+def _may_hang(text: str, expression: str) -> bool:
+    """Whether Python's `re` may try very many ways before it finds none, as for `(a+)+b`."""
+    repeats_group = re.search(r"\)[*+?{]", expression) is not None
+    return repeats_group or len(text) > LONGEST or len(REPEATS.findall(expression)) > MOST_REPEATS
 
 
 def _are_numbers(left: str, _: str, right: str) -> bool:

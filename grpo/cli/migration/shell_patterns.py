@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fnmatch import fnmatchcase
 
 BRACES = re.compile(r"\{([^{}]*)\}")
+WILD = re.compile(r"[*?\[]")
+MOST_ALTERNATIVES = 10_000
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
@@ -61,6 +64,8 @@ def replaced(text: str, pattern: str, new: str, every: bool) -> str:
         if kept == text:
             return text
         return new + kept if pattern[0] == "#" else kept + new
+    if not WILD.search(pattern):
+        return text.replace(pattern, new, -1 if every else 1)
     parts, start = [], 0
     while start < len(text):
         end = _end_of(text, start, pattern)
@@ -82,11 +87,13 @@ def _end_of(text: str, start: int, pattern: str) -> int | None:
 
 
 def alternatives(text: str) -> list[str] | None:
-    """The texts that `{a,b}` and `{1..3}` stand for; None if the text has none of them.
+    """The texts that `{a,b}` and `{1..3}` stand for; None if the text has none of them, or too many.
 
     >>> alternatives("x{a,b}{1..2}"), alternatives("{}"), alternatives("{a}")
     (['xa1', 'xa2', 'xb1', 'xb2'], None, None)
     """
+    if math.prod(len(_values(values)) or 1 for values in BRACES.findall(text)) > MOST_ALTERNATIVES:
+        return None
     for found in BRACES.finditer(text):
         if values := _values(found[1]):
             texts = [f"{text[: found.start()]}{value}{text[found.end() :]}" for value in values]

@@ -16,6 +16,7 @@ UNKNOWN, UNSET, SECRET, CHOICE = "?0*|"
 IS_SECRET = re.compile("KEY|TOKEN(?!S|_LEN)|SECRET|PASS")  # variables whose values are not written
 OF_MACHINE = {"HOSTNAME", "RANDOM", "SECONDS", "UID", "EUID", "OSTYPE"}
 DEEPEST = 50
+MOST_WORK = 1_000_000  # characters that a script expands, 10 for each part of a word and 100 for a statement
 Value = str | list[str] | dict[str, str]
 """A variable's: a text, or the elements of an array by number or by name."""
 
@@ -119,10 +120,12 @@ class State:
         self.assigned = ""  # the variable whose value is being read
         self.asked: list[str] = []  # the variable whose value depends on a module
         self.depth = 0
+        self.work = [0]  # of MOST_WORK, by this shell and all its copies
         self.file = self.script = str(file or "bash")
 
     def copy(self) -> Self:
         """A shell within this one: what it sets, this one does not see."""
+        self.spend(len(self.variables))
         inner = copy(self)
         inner.variables, inner.functions = dict(self.variables), dict(self.functions)
         inner.hidden = [dict(names) for names in self.hidden]
@@ -162,6 +165,19 @@ class State:
         self.depth += 1
         if self.depth > DEEPEST:
             self.refuse("a function or a file that calls itself without end")
+
+    def spend(self, work: int) -> None:
+        """Counts work. Refuses a script that doubles its texts or its calls, before it fills the memory or the day."""
+        self.work[0] += work
+        if self.work[0] > MOST_WORK:
+            self.refuse("a script that hardly ends, or that makes very long texts")
+
+    def content(self, path: Path) -> str:
+        """The text of a file that the script starts or sources."""
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(MOST_WORK)
+        self.spend(len(text) + 5000)  # to read a file takes time, however short it is
+        return text
 
     def path(self, file: str) -> Path:
         return Path(str(self.variables["PWD"])) / Path(file).expanduser()

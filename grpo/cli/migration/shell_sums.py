@@ -50,7 +50,7 @@ class Sums(State):
             left = bool(self._value(node["X"]))
             return int(left if left == (sign == "||") else bool(self._value(node["Y"])))
         if sign in OPERATORS:
-            return int(OPERATORS[sign](self._value(node["X"]), self._value(node["Y"])))
+            return _in_64_bits(OPERATORS[sign](self._value(node["X"]), self._value(node["Y"])))
         if sign[-1] != "=" or (sign != "=" and sign[:-1] not in OPERATORS):
             self.refuse(node["Text"])
         return self._assigned(node)
@@ -61,7 +61,7 @@ class Sums(State):
         if not name.isidentifier():
             self.refuse(node["Text"])
         right = self._value(node["Y"])
-        result = int(OPERATORS[sign](self._counter(node["X"]), right)) if sign else right
+        result = _in_64_bits(OPERATORS[sign](self._counter(node["X"]), right)) if sign else right
         self.assign(name, str(result))
         return result
 
@@ -100,6 +100,17 @@ def _quotient(left: int, right: int) -> int:
     return abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
 
 
+def _power(left: int, right: int) -> int:
+    if right < 0:
+        raise ValueError(f"{left}**{right} has an exponent below 0, which bash refuses")
+    return pow(left, right, 1 << 64)
+
+
+def _in_64_bits(value: int) -> int:
+    """The value as bash has it, which starts again at -2^63 after 2^63 - 1."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 SIGNS: dict[str, Callable[[int], int]] = {
     "-": operator.neg,
     "+": operator.pos,
@@ -112,9 +123,9 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "*": operator.mul,
     "/": _quotient,
     "%": lambda left, right: left - _quotient(left, right) * right,
-    "**": operator.pow,
-    "<<": operator.lshift,
-    ">>": operator.rshift,
+    "**": _power,
+    "<<": lambda left, right: left << (right % 64),
+    ">>": lambda left, right: left >> (right % 64),
     "&": operator.and_,
     "|": operator.or_,
     "^": operator.xor,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from glob import escape
 
-from grpo.cli.migration.shell_patterns import alternatives, replaced, without_end, without_start
+from grpo.cli.migration.shell_patterns import WILD, alternatives, replaced, without_end, without_start
 from grpo.cli.migration.shell_state import is_empty, is_known, mark, names_in
 from grpo.cli.migration.shell_sums import Sums
 from grpo.cli.migration.shell_tree import Node
@@ -52,6 +52,7 @@ class Words(Sums):
         for number, part in enumerate(parts):
             texts = alternatives(part["Value"]) if part["Type"] == "Lit" and "\\" not in part["Value"] else None
             if texts:
+                self.spend(len(texts) * len(word["Text"]))
                 before, after = parts[:number], parts[number + 1 :]
                 words = [word | {"Parts": [*before, part | {"Value": text}, *after]} for text in texts]
                 return [each for one in words for each in self._expanded(one)]
@@ -90,6 +91,12 @@ class Words(Sums):
         return "".join(re.escape(text) if how == "quoted" else text for text, how in pieces)
 
     def pieces(self, parts: list[Node], quoted: bool = False) -> Iterator[Piece]:
+        """The texts of a word, and how each is treated."""
+        for text, how in self._pieces(parts, quoted):
+            self.spend(len(text) + 10)
+            yield text, how
+
+    def _pieces(self, parts: list[Node], quoted: bool) -> Iterator[Piece]:
         how = "quoted" if quoted else "split"
         for number, part in enumerate(parts):
             kind, text = part["Type"], part.get("Value", "")
@@ -233,6 +240,7 @@ class Words(Sums):
         pattern = self.pattern(word) if word else ""
         if not is_known(pattern):
             return mark(node["Text"], *names_in(pattern)[:1])
+        self.spend(len(value) ** 2 // 10)  # each start or end is tried
         cut, longest = CUTS[sign]
         return cut(value, pattern, longest)
 
@@ -251,6 +259,8 @@ class Words(Sums):
         if not is_known(old + new):
             self.refuse(replacement["Orig"]["Text"])
         every = bool(replacement.get("All"))
+        tried = len(value) if WILD.search(old) else 0  # ends of a part, from each start
+        self.spend(len(value) * (tried // 10 + len(new)))
         return replaced(value, f"[{old[0]}]{old[1:]}" if every and old[:1] in ("#", "%") else old, new, every)
 
     @staticmethod

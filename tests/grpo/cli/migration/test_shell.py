@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -450,6 +451,67 @@ def test_a_variable_that_is_not_set_counts_as_empty_in_a_condition_and_is_named(
     found = read_overrides(script('if [ "$KIND_OF_NOBODY" = x ]; then B=1; else B=2; fi\nPPO b=$B').read_text())
     assert found.values == {"b": 2}
     assert any("KIND_OF_NOBODY" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "x=a\n" + "x=$x$x\n" * 40,
+        "x=(a)\n" + 'x+=("${x[@]}")\n' * 40,
+        "x=a\nfor i in {1..40}; do x=$x$x; done",
+        "for i in {1..1000}; do for j in {1..1000}; do for k in {1..1000}; do x=1; done; done; done",
+        "f0() { :; }\n" + "".join(f"f{n}() {{ f{n - 1}; f{n - 1}; }}\n" for n in range(1, 40)) + "f39",
+        "x={1..9999}{1..9999}; y=({1..9999}{1..9999})",
+        "x=({1..9999}$y{1..9999})",
+        "x=" + "ab" * 5000 + "; y=${x//b*c/}",
+        "x=" + "ab" * 5000 + "; y=${x%%b*c}",
+        "echo " + "$(" * 400 + "echo" + ")" * 400,
+    ],
+)
+def test_a_script_that_hardly_ends_or_fills_the_memory_is_refused_soon(attack):
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"hardly ends|too deeply|is not read.*paste the words"):
+        read_overrides(f"{attack}\n{PPO} a=1")
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("source", ["source SELF; source SELF", "bash SELF; bash SELF"])
+def test_a_file_that_reads_itself_twice_is_refused_soon(tmp_path, source):
+    path = tmp_path / "self.sh"
+    path.write_text(source.replace("SELF", str(path)))
+    with pytest.raises(ValueError, match="hardly ends|without end"):
+        read_overrides(f"bash {path}\n{PPO} a=1")
+
+
+@pytest.mark.parametrize("expression", ["^(a+)+b$", "a*a*a*a*a*a*a*a*a*a*b", "(a|a)*b"])
+def test_an_expression_that_python_might_never_end_is_not_tried(expression):
+    text = f"x={'a' * 60}\n[[ $x =~ {expression} ]] && y=1\n{PPO} a=1"
+    assert read_overrides(text).values == {"a": 1}
+    with pytest.raises(ValueError, match=r"cannot be decided.*depends on it"):
+        read_overrides(f"{text} b=$y")
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("2**63", -(2**63)),
+        ("9**9**9", -2123029214124047543),
+        ("1<<65", 2),
+        ("1<<-1", -(2**63)),
+        ("-8>>65", -4),
+        ("9223372036854775807+1", -(2**63)),
+    ],
+)
+def test_sums_have_64_bits_as_in_bash(expression, value):
+    assert read_overrides(f"{PPO} a=$(({expression}))").values == {"a": value}
+
+
+@pytest.mark.parametrize("attack", ["read -r k <FILE", "mapfile -t k <FILE", "k=$(<FILE)", "k=$(cat FILE)"])
+@pytest.mark.parametrize("how", ["ATTACK", "eval 'ATTACK'"])
+def test_no_file_or_environment_of_a_process_gets_into_an_option(tmp_path, attack, how):
+    (tmp_path / "key").write_text("hidden")
+    text = how.replace("ATTACK", attack.replace("FILE", str(tmp_path / "key")))
+    assert "hidden" not in str(read_overrides(f"{text}\n{PPO} a=$k").values)
 
 
 def test_nothing_of_a_script_is_run(script, tmp_path):
