@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from test_diagnose import write
+from miniature_runs import write
 
 from review.findings.report import diagnose
 from review.findings.templates import of_prompts, of_template
