@@ -98,7 +98,7 @@ learn: $(DEV_STAMP) ## how much less GRPO has to sample: word problems, two cont
 learn-all: $(DEV_STAMP) ## both tasks, into docs/learning.md, in pieces of 40 minutes: it goes on where it stopped
 	$(BIN)/python -m benchmarks.learn --tasks words spelling $(ARGS)
 
-anyone: $(DEV_STAMP) ## planted faults in runs of TRL: what diagnose, rldoctor and rlprobe find, into docs/anyone.md, in 20 minutes
+anyone: $(DEV_STAMP) ## planted faults in runs of TRL: what diagnose, rldoctor and rlprobe find, into docs/anyone.md, in 40 minutes
 	$(PYTHON) -m venv .anyone && .anyone/bin/python -m pip install --quiet rldoctor rlprobe reward-doctor
 	$(BIN)/python -m benchmarks.anyone --peers .anyone $(ARGS)
 

@@ -164,11 +164,11 @@ def copies(setup: Setup) -> None:
 
 
 def solved(setup: Setup) -> None:
-    setup.policy, setup.rows = "sure", problems(1, 400, 9)
+    setup.policy, setup.rows = "sure", problems(setup.seed, 400, 9)
 
 
 def too_hard(setup: Setup) -> None:
-    setup.rows = problems(1, 400, 400)
+    setup.rows = problems(setup.seed, 400, 400)
 
 
 def no_generation_prompt(setup: Setup) -> None:
@@ -406,6 +406,11 @@ FAULTS: dict[str, Fault] = {
 # ---- honest runs -----------------------------------------------------------------------------------------------------
 
 
+def another_seed(setup: Setup) -> None:
+    """The same problems, sampled and trained with another seed."""
+    setup.options["seed"] = setup.seed + 10
+
+
 def pad_is_eos(setup: Setup) -> None:
     def change(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -418,14 +423,14 @@ def pad_is_eos(setup: Setup) -> None:
 
 def sparse(setup: Setup) -> None:
     """Few problems are solved: two of three have larger numbers than it was taught."""
-    hard, easy = problems(2, 400, 60), problems(1, 400)
-    chance = random.Random(3)
+    hard, easy = problems(setup.seed + 1, 400, 60), setup.rows
+    chance = random.Random(setup.seed + 2)
     setup.rows = [chance.choice(pair) for pair in zip(hard, hard, easy, strict=True)]
 
 
 def saturating(setup: Setup) -> None:
     """Easier problems than it was taught: most are solved from the start, and at the end nearly all."""
-    setup.rows = problems(1, 400, 12)
+    setup.rows = problems(setup.seed, 400, 12)
     setup.options["learning_rate"] = 1e-3
 
 
@@ -470,7 +475,7 @@ def plus_minus(completions: list[Any], answer: list[str], **_: Any) -> list[floa
 
 HONEST: dict[str, Callable[[Setup], None]] = {
     "as it comes": lambda setup: None,
-    "another seed": option(seed=11),
+    "another seed": another_seed,
     "groups of 2": option(num_generations=2),
     "groups of 3": option(num_generations=3),
     "pad is eos": pad_is_eos,
@@ -496,8 +501,8 @@ HONEST: dict[str, Callable[[Setup], None]] = {
 }
 
 
-def setup_of(name: str) -> Setup:
-    setup = Setup()
+def setup_of(name: str, seed: int) -> Setup:
+    setup = Setup(seed, problems(seed, 400))
     change = FAULTS[name].change if name in FAULTS else HONEST[name]
     change(setup)
     return setup

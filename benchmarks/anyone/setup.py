@@ -14,7 +14,6 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from benchmarks.anyone.policy import problems
 from rewards.built_in.gsm8k import extract_answer, gold_answer
 from rewards.protocol import text_of
 
@@ -36,11 +35,13 @@ def chat(row: dict[str, Any]) -> Any:
 class Setup:
     """An honest run. A fault changes one thing of it.
 
-    `policy` is the name of the taught policy, `prompt` makes a row's prompt, `options` are those of GRPOConfig.
+    `seed` is the seed of the problems and of the training, `policy` is the name of the taught policy, `prompt` makes a
+    row's prompt, `options` are those of GRPOConfig.
     """
 
+    seed: int
+    rows: list[dict[str, Any]]
     policy: str = "half"
-    rows: list[dict[str, Any]] = field(default_factory=lambda: problems(1, 400))
     prompt: Callable[[dict[str, Any]], Any] = chat
     rewards: list[Reward] = field(default_factory=lambda: [correct])
     options: dict[str, Any] = field(default_factory=dict)
@@ -49,9 +50,9 @@ class Setup:
     change_tokenizer: Callable[[Any], None] = lambda tokenizer: None
     change_model: Callable[[Any], None] = lambda model: None
 
-    def build(self, policies: Path, folder: Path, seed: int) -> Any:
+    def build(self, policies: Path, folder: Path) -> Any:
         """The trainer, not yet watched."""
-        torch.manual_seed(seed)
+        torch.manual_seed(self.seed)
         tokenizer = AutoTokenizer.from_pretrained(policies / self.policy)
         model = AutoModelForCausalLM.from_pretrained(policies / self.policy)
         self.change_tokenizer(tokenizer)
@@ -61,7 +62,7 @@ class Setup:
             **{"num_generations": group, "per_device_train_batch_size": PROMPTS * GROUP // group * group},
             **{"max_completion_length": 20, "max_steps": STEPS, "learning_rate": 3e-4, "lr_scheduler_type": "constant"},
             **{"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True},
-            **{"seed": seed, "bf16": False, "gradient_checkpointing": False, "top_k": 0},
+            **{"seed": self.seed, "bf16": False, "gradient_checkpointing": False, "top_k": 0},
         }
         kind = RLOOConfig if issubclass(self.trainer, RLOOTrainer) else GRPOConfig
         known = inspect.signature(kind).parameters
