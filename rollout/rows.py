@@ -94,10 +94,9 @@ class Rows:
 
 @dataclass
 class Drafted:
-    """Drafts [R, K]. `confident_RK` are taken unverified (`accept: margin`)."""
+    """Drafts [R, K]."""
 
     tokens_RK: Tensor
-    confident_RK: Tensor | None = None
 
     @property
     def depth(self) -> int:

@@ -19,8 +19,7 @@ from rollout.request import News
 
 
 class Answer:
-    """One request gets this answer. It says which version of the policy it is from, `seed`, and whether drafts were
-    verified (`accept`)."""
+    """One request gets this answer. It says which version of the policy it is from, and `seed`."""
 
     def __init__(self, served: Served, asked: Asked, jobs: Sequence[Job]) -> None:
         self.served, self.asked, self.jobs = served, asked, jobs
@@ -95,7 +94,6 @@ class Answer:
                 "rejected_prediction_tokens": drafted - accepted,
             },
             "target_forwards": sum(done.draft.target_forwards for done in completions),
-            "fallbacks": sum(done.draft.fallbacks for done in completions),
         }
 
     def _version(self) -> int:
@@ -103,17 +101,15 @@ class Answer:
         return max(done.policy_version for done in self.done.values())
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], version: int) -> dict[str, Any]:
-        accept = self.served.defaults.accept
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.served.name,
             "choices": choices,
-            "system_fingerprint": f"policy-version-{version}-{accept}",
+            "system_fingerprint": f"policy-version-{version}",
             "policy_version": version,
             "seed": self.jobs[0].params.seed,
-            "accept": accept,
         }
 
     def _chunk(self, choices: list[dict[str, Any]], version: int) -> dict[str, Any]:
