@@ -169,7 +169,13 @@ class Session:
 
     def sample(self, prompts: Sequence[Prompt], *, step: int, draw: int = 0, **changes: Any) -> list[RolloutGroup]:
         """A group of completions of each prompt, a function of the weights, the seed, the step, the draw, the prompt
-        and the place in the group (contract 4). `changes` are of SamplingParams, such as `group_size`."""
+        and the place in the group (contract 4). `changes` are of SamplingParams, such as `group_size`. Raises
+        ValueError for `accept="margin"`: no log-probability tells how likely an unverified draft was (contract 3)."""
+        if changes.get("accept", "exact") != "exact":
+            raise ValueError(
+                f"accept={changes['accept']!r}: takes drafts unverified, so what it samples is not the policy's, and "
+                "nothing may be learned from it; leave it out. quartet eval and sample have rollout.lossy_margin"
+            )
 
         def act() -> list[RolloutGroup]:
             params = replace(self.collector.params(step), **changes).at(int(step), draw)

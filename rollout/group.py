@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import InitVar, asdict, dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,7 +49,8 @@ class DraftStats:
     `target_forwards` counts the decoding forwards of the trunk that this completion took part in. They do not give the
     first token, which comes from the prefill that the whole group shares. `drafted[d]` and `accepted[d]` count drafts
     at depth d + 1; a draft after a stop token or past the length limit counts as drafted only. `depths` has the depth
-    at which each token was drafted, 0 for a token of the trunk's own.
+    at which each token was drafted, 0 for a token of the trunk's own. `fallbacks` counts the forwards in which
+    `accept: margin` found a draft that was not clear enough to take.
 
     `cost` is its share of what the rounds of its shard cost by the table of costs, and `plain_cost` of what as many
     tokens cost without drafts: milliseconds, 0 where there is no table, as with a fixed number of drafts.
@@ -61,10 +62,10 @@ class DraftStats:
     target_forwards: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    fallbacks: int = 0
     depths: list[int] = field(default_factory=list)
     cost: float = 0.0
     plain_cost: float = 0.0
-    fallbacks: InitVar[int] = 0  # in the records of 0.2, of a lossy mode that is gone
 
     def __add__(self, after: DraftStats) -> DraftStats:
         """Adds the drafts of the part of a completion that comes after this one.
@@ -76,6 +77,7 @@ class DraftStats:
             target_forwards=self.target_forwards + after.target_forwards,
             drafted=_sums(self.drafted, after.drafted),
             accepted=_sums(self.accepted, after.accepted),
+            fallbacks=self.fallbacks + after.fallbacks,
             depths=self.depths + after.depths,
             cost=self.cost + after.cost,
             plain_cost=self.plain_cost + after.plain_cost,

@@ -94,9 +94,10 @@ class Rows:
 
 @dataclass
 class Drafted:
-    """Drafts [R, K]."""
+    """Drafts [R, K]. `confident_RK` are taken unverified (`accept: margin`)."""
 
     tokens_RK: Tensor
+    confident_RK: Tensor | None = None
 
     @property
     def depth(self) -> int:

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -62,13 +62,14 @@ class SamplingParams:
     """How completions are sampled. A `temperature` of 0 is greedy. `step` and `draw` are part of every noise key, so a
     new step has new noise.
 
-    `draft_tokens` None lets the depth controller choose before every forward. `start` counts the tokens that the
-    completions have already, as the end of their prompts: the noise goes on after them. `record_routing` records the
-    experts and attention heads of every token, for a learner that replays them. `stop_strings` end a completion with
-    the token that completes one of them, and its text before the string. They are never used in training, where the
-    text is that of the tokens. With an `environment` a completion is an episode of several turns, and
-    `max_completion_tokens` limits all that is sampled and written in it. No token depends on `compiled`, by which
-    graphs decode few rows, nor on `head_accepted` (see rollout/drafts/depth.py).
+    `draft_tokens` None lets the depth controller choose before every forward. `accept="margin"` is lossy: it takes a
+    draft unverified where its two best log-probabilities differ by more than `margin`; it is never used in training
+    (contract 3). `start` counts the tokens that the completions have already, as the end of their prompts: the noise
+    goes on after them. `record_routing` records the experts and attention heads of every token, for a learner that
+    replays them. `stop_strings` end a completion with the token that completes one of them, and its text before the
+    string. They are never used in training, where the text is that of the tokens. With an `environment` a completion is
+    an episode of several turns, and `max_completion_tokens` limits all that is sampled and written in it. No token
+    depends on `compiled`, by which graphs decode few rows, nor on `head_accepted` (see rollout/drafts/depth.py).
     """
 
     group_size: int = 8
@@ -80,6 +81,8 @@ class SamplingParams:
     step: int = 0
     draw: int = 0
     start: int = 0
+    accept: Literal["exact", "margin"] = "exact"
+    margin: float = 2.0
     record_routing: bool = False
     stop_strings: tuple[str, ...] = ()
     environment: EnvironmentSpec | None = None
@@ -102,10 +105,14 @@ class SamplingParams:
             raise ValueError(f"rollout.max_completion_tokens={self.max_completion_tokens}: use 1 or more")
         if self.draft_tokens is not None and self.draft_tokens < 0:
             raise ValueError(f"rollout.draft_tokens={self.draft_tokens}: use 0 (no drafts) or more")
+        if self.accept not in ("exact", "margin"):
+            raise ValueError(f"accept={self.accept!r}: use exact or margin")
         if isinstance(self.stop_strings, str):  # whose letters would each end a completion
             raise ValueError(f"stop={self.stop_strings!r}: give a list of texts")
         if "" in self.stop_strings:
             raise ValueError(f"stop={list(self.stop_strings)}: an empty text would end every completion; leave it out")
+        if not self.margin >= 0:
+            raise ValueError(f"margin={self.margin}: use 0 or more nats")
 
 
 def row_key(params: SamplingParams, prompt_id: str, sample: int) -> tuple[int, int]:
@@ -340,3 +347,11 @@ def _best_of_all(logits_NV: Tensor, temperature: float, noise: Noise, vocabulary
     if temperature:
         logits_NV = logits_NV + (noise.table if vocabulary is None else noise.table[:, vocabulary.ids])
     return logits_NV.argmax(-1)
+
+
+def logprobs_of(logits_NV: Tensor, tokens_N: Tensor, temperature: float | Tensor) -> Tensor:
+    """Log-probability of given tokens [N] under softmax(logits / T); greedy ones are scored at T = 1."""
+    if isinstance(temperature, Tensor):
+        return by_temperature(temperature, lambda t, r: (logprobs_of(logits_NV[r], tokens_N[r], t),))[0]
+    scaled = logits_NV.float() / (temperature or 1.0)
+    return scaled.gather(1, tokens_N[:, None])[:, 0] - scaled.logsumexp(-1)

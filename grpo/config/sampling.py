@@ -25,12 +25,15 @@ class SamplingOptions(Options):
 
 
 class AnswerOptions(SamplingOptions):
-    """How a policy answers where nothing is learned from its answers."""
+    """How a policy answers where nothing is learned from its answers: drafts may be taken unverified."""
 
     compile: Literal["on", "off"] = "off"
     """`on` decodes with compiled graphs while at most 32 completions are left (8 with experts), where the policy is our
     own, on a CPU. A graph takes a minute or two once, and is kept in ~/.cache/quartet. On a GPU it records CUDA graphs
     (experimental: never run on a GPU). In float32 graphs change no token."""
+    lossy_margin: float | None = Field(default=None, ge=0)
+    """Take a draft unverified (and count it) where its best token leads the second by more than this many nats. That is
+    lossy; null never changes a token."""
 
 
 class VLLMOptions(Options):

@@ -19,7 +19,8 @@ from rollout.request import News
 
 
 class Answer:
-    """One request gets this answer. It says which version of the policy it is from, and `seed`."""
+    """One request gets this answer. It says which version of the policy it is from, `seed`, and whether drafts were
+    verified (`accept`)."""
 
     def __init__(self, served: Served, asked: Asked, jobs: Sequence[Job]) -> None:
         self.served, self.asked, self.jobs = served, asked, jobs
@@ -94,6 +95,7 @@ class Answer:
                 "rejected_prediction_tokens": drafted - accepted,
             },
             "target_forwards": sum(done.draft.target_forwards for done in completions),
+            "fallbacks": sum(done.draft.fallbacks for done in completions),
         }
 
     def _version(self) -> int:
@@ -101,15 +103,17 @@ class Answer:
         return max(done.policy_version for done in self.done.values())
 
     def _frame(self, kind: str, choices: list[dict[str, Any]], version: int) -> dict[str, Any]:
+        accept = self.served.defaults.accept
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.served.name,
             "choices": choices,
-            "system_fingerprint": f"policy-version-{version}",
+            "system_fingerprint": f"policy-version-{version}-{accept}",
             "policy_version": version,
             "seed": self.jobs[0].params.seed,
+            "accept": accept,
         }
 
     def _chunk(self, choices: list[dict[str, Any]], version: int) -> dict[str, Any]:

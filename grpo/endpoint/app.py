@@ -144,6 +144,7 @@ def questions(of: Callable[[Request], Served], door: Door, prefix: str = "") -> 
             "policy_version": served.batcher.engine.version,
             "meaning": served.meaning,
             "max_model_len": served.context,
+            "accept": served.defaults.accept,
             "max_waiting": served.batcher.most_waiting,
             "chat_template_kwargs": getattr(served.tokenizer, "chat_template_kwargs", {}),
         }
@@ -186,7 +187,7 @@ def prometheus(served: Served) -> str:
     values = served.batcher.metrics() | {"policy_version": served.batcher.engine.version}
     for name, value in values.items():
         kind = "gauge" if name in ("rows", "waiting", "max_rows", "policy_version") else "counter"
-        lines += [f"# TYPE quartet_{name} {kind}", f"quartet_{name} {value}"]
+        lines += [f"# TYPE quartet_{name} {kind}", f'quartet_{name}{{accept="{served.defaults.accept}"}} {value}']
     return "\n".join(lines) + "\n"
 
 

@@ -30,9 +30,10 @@ class Counts:
     failed: int = 0
     rounds: int = 0
     row_rounds: int = 0
-    target_forwards: int = 0  # of all completions together, as the next two
+    target_forwards: int = 0  # of all completions together, as the next three
     drafted: int = 0
     accepted: int = 0
+    fallbacks: int = 0  # accept: margin; forwards with a draft that was not clear enough
     cached_tokens: int = 0  # of prompts, which were read for an earlier request
     policies: int = 1  # that were served, one after another
     not_loaded: int = 0  # newer ones that could not be loaded
@@ -217,6 +218,7 @@ class Batcher:
                 counts.target_forwards += draft.target_forwards
                 counts.drafted += sum(draft.drafted)
                 counts.accepted += sum(draft.accepted)
+                counts.fallbacks += draft.fallbacks
                 counts.cached_tokens += completion.cached
                 self._seconds += (time.monotonic() - self._began[request] - self._seconds) / 8
             if completion is not None or news.error is not None:

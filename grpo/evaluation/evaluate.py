@@ -55,6 +55,7 @@ class Evaluation:
     pass_at: dict[int, Estimate] = field(default_factory=dict)
     majority_at: dict[int, Estimate] = field(default_factory=dict)
     acceptance: list[float] = field(default_factory=list)
+    fallback_rate: float = 0.0
     failures: list[RewardFailure] = field(default_factory=list)
     by_problem: list[float | None] = field(default_factory=list, repr=False)
     rewards_by_problem: list[float | None] = field(default_factory=list, repr=False)
@@ -124,6 +125,8 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         if failure.function == judges[i].first_reward
     )
     tokens = sum(completion.num_sampled for completion in completions)
+    drafts = [completion.draft for completion in completions]
+    forwards = sum(draft.target_forwards for draft in drafts)
     parts = {
         name: [part for score in scores for part in score.parts[name] if part is not None] for name in scores[0].parts
     }
@@ -148,6 +151,7 @@ def _results(task: Task, groups: list[RolloutGroup], scores: list[GroupScore], s
         },
         majority_at={k: _majority(judges, groups, verdicts, k) for k in ks},
         acceptance=[accepted / made for made, accepted in drafts_by_depth(completions) if made],
+        fallback_rate=sum(draft.fallbacks for draft in drafts) / forwards if forwards else 0.0,
         failures=failures,
         by_problem=[fmean(right) if right else None for right in marked],
         rewards_by_problem=[mean_of(reward for reward in score.rewards if reward is not None) for score in scores],

@@ -24,6 +24,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
     completions = [completion for group in groups for completion in group.completions]
     scored = [[reward for reward in score.rewards if reward is not None] for score in scores]
     lengths = [completion.num_sampled for completion in completions]
+    drafts = [completion.draft for completion in completions]
+    forwards = sum(draft.target_forwards for draft in drafts)
     reasons = [completion.finish_reason for completion in completions]
     metrics: dict[str, float | None] = {
         "reward/mean": mean_of(reward for rewards in scored for reward in rewards),
@@ -50,9 +52,10 @@ def rollout_metrics(groups: Sequence[RolloutGroup], scores: Sequence[GroupScore]
         metrics[f"reward/part/{name}"] = mean_of(parts)
     for name in sorted({name for score in scores for name in score.metrics}):
         metrics[f"reward/metric/{name}"] = mean_of(score.metrics[name] for score in scores if name in score.metrics)
-    if any(completion.draft.target_forwards for completion in completions):
+    if forwards:
         metrics["draft/tokens_per_forward"] = tokens_per_forward(completions)
         metrics["draft/gain"] = draft_gain(completions)
+        metrics["draft/fallback_rate"] = sum(draft.fallbacks for draft in drafts) / forwards
     for depth, (made, accepted) in enumerate(drafts_by_depth(completions), start=1):
         if made:
             metrics[f"draft/drafted_depth_{depth}"] = made

@@ -46,6 +46,8 @@ def sampling_params(
         seed=seed,
         draft_tokens=options.draft_tokens if chosen else options.draft_tokens or 0,
     )
+    if isinstance(options, AnswerOptions) and options.lossy_margin is not None:
+        params = replace(params, accept="margin", margin=options.lossy_margin)
     fewest = FEWEST_ROUNDS * (1 if params.draft_tokens is not None else len(GRAPH_DEPTHS))
     if rounds < fewest and not _compiles(options):
         return params
@@ -72,6 +74,8 @@ def no_graph(native: bool, device: torch.device, options: SamplingOptions) -> st
         return f"there is no C++ compiler ({compiler})"
     if isinstance(options, RolloutOptions) and options.quantization != "none":
         return "a graph has no matrices of fewer bits"
+    if isinstance(options, AnswerOptions) and options.lossy_margin is not None:
+        return f"rollout.lossy_margin={options.lossy_margin} takes drafts unverified"
     return None
 
 

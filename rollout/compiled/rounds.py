@@ -90,7 +90,7 @@ def can_compile(decoder: Decoder, params: SamplingParams) -> bool:
     """Tells whether graphs are asked for, and can be: they compute the draft head's drafts or none, on a CPU or a CUDA
     device. Where a controller chooses how many, it must know what they cost as graphs."""
     trunk = decoder.trunk
-    plain = not (params.stop_strings or params.record_routing)
+    plain = not (params.stop_strings or params.record_routing or params.accept != "exact")
     fits = isinstance(trunk, AbsorbedTrunk) and (trunk.device.type == "cpu" or devices.has_cuda(trunk.device))
     known = params.draft_tokens is not None or (decoder.costs is not None and decoder.costs.graphs is not None)
     missing = decoder.graphs is None or any(graphs.missing for graphs in decoder.graphs)

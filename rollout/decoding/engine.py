@@ -99,6 +99,10 @@ class Engine:
                 f"rollout.draft_tokens={params.draft_tokens}, but this policy has no MTP head; set it to 0, or load "
                 "the policy with a draft head"
             )
+        if params.accept == "margin" and (self.head is None or params.draft_tokens == 0):
+            raise RolloutError(
+                "accept=margin takes drafts unverified, but there are none: use a policy with an MTP head and drafts"
+            )
         if params.record_routing and not getattr(self.trunk, "has_routers", False):
             raise RolloutError(
                 "learner.routing_replay: this policy has no experts or dynamic heads to be replayed; drop it"

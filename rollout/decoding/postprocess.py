@@ -6,6 +6,7 @@ Axes: R live rows, S = k + 1 tokens of a verifying forward, K = k drafts, D hidd
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rollout.decoding.results import Results
@@ -13,7 +14,7 @@ from rollout.decoding.settings import RowSettings
 from rollout.drafts.drafts import Drafts
 from rollout.drafts.speculative import until_end, verify_draft
 from rollout.rows import Drafted, Rows, Tokens
-from rollout.sampling import Noise, choose
+from rollout.sampling import Noise, choose, logprobs_of
 
 
 class Postprocess:
@@ -73,7 +74,12 @@ class Postprocess:
         targets, logprobs = (x.view(-1, new) for x in choose(flat, temperature, noise.flatten()))
         if drafted is None:
             return targets, logprobs, None
-        return targets, logprobs, verify_draft(targets, drafted.tokens_RK)
+        if drafted.confident_RK is None:
+            return targets, logprobs, verify_draft(targets, drafted.tokens_RK)
+        accepted = drafted.confident_RK.long().cumprod(1).sum(1)
+        takes_draft = self.results.steps[:new] < accepted[:, None]
+        targets = torch.where(takes_draft, F.pad(drafted.tokens_RK, (0, 1)), targets)
+        return targets, logprobs_of(flat, targets.flatten(), temperature).view(-1, new), accepted
 
     def _cut_at_strings(self, rows: Rows, tokens: Tokens) -> None:
         """Rows keep their tokens up to their first stop string, and end with it."""

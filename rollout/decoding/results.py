@@ -29,7 +29,7 @@ class Results:
         # `cut`: stopped by a string, and not by a token
         flags = (torch.zeros(completions, dtype=torch.bool, device=device) for _ in range(3))
         self.stopped, self.aborted, self.cut = flags
-        self.forwards = torch.zeros(completions, **whole)
+        self.forwards, self.fallbacks = torch.zeros(completions, **whole), torch.zeros(completions, **whole)
         self.drafted, self.accepted = (torch.zeros(completions, depth, **whole) for _ in range(2))
         self.routing: Tensor | None = None  # [N, room, routers, k], made when the first prompts are read
         self.prompt_routing: dict[int, Tensor] = {}
@@ -58,6 +58,8 @@ class Results:
         right = (steps < torch.minimum(accepted_R, kept_R)[:, None]) & alive
         self.accepted[live.index, :depth] += right
         self.depths[self._places(live, live.count, depth)] = ((steps + 1) * right).to(torch.uint8)
+        if drafts.confident_RK is not None:
+            self.fallbacks[live.index] += live.alive & (accepted_R < depth)
 
     def add_forward(self, live: Rows, drafts: Drafted | None) -> None:
         self.forwards[live.index] += live.alive
@@ -103,7 +105,7 @@ class Results:
         temperature: float,
     ) -> list[RolloutGroup]:
         """The groups of all prompts; `version` is that of the policy, `temperature` what they were sampled with."""
-        of_drafts = (self.forwards, self.drafted, self.accepted)
+        of_drafts = (self.forwards, self.drafted, self.accepted, self.fallbacks)
         stats = zip(*(x.tolist() for x in of_drafts), strict=True)
         of_tokens = (self.counts, self.token_ids, self.logprobs, self.depths, self.stopped, self.aborted, self.cut)
         rows = enumerate(zip(*(x.tolist() for x in of_tokens), strict=True))
@@ -114,7 +116,7 @@ class Results:
             routing[torch.arange(len(routing)), self.counts.cpu() - 1] = -1
         completions = []
         for row, (count, token_ids, logprobs, depths, stopped, aborted, cut) in rows:
-            ids, (forwards, drafted, accepted) = token_ids[:count], next(stats)
+            ids, (forwards, drafted, accepted, fallbacks) = token_ids[:count], next(stats)
             text = str(tokenizer.decode(ids[:-1] if stopped and not cut else ids))
             reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
             completions.append(
@@ -124,7 +126,7 @@ class Results:
                     text=strings.cut(text) if strings else text,
                     finish_reason=reason,
                     policy_version=version,
-                    draft=DraftStats(forwards, drafted, accepted, depths[:count]),
+                    draft=DraftStats(forwards, drafted, accepted, fallbacks, depths[:count]),
                     routing=None if routing is None else routing[row, :count],
                     temperature=temperature,
                 )

@@ -92,7 +92,7 @@ class Drafts:
         assert self.head is not None
         self.reading = Patience()  # it has missed nothing then
         self._add_reading(self.head, live)
-        return Drafted(self.head.draft(live, depth, noise, temperature))
+        return Drafted(*self.head.draft(live, depth, noise, temperature))
 
     def catch_up(self, live: Rows, fits: bool) -> None:
         """Let the draft head read what it has missed before a compiled round with drafts, unless that `fits` into the

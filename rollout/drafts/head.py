@@ -23,6 +23,7 @@ from torch import Tensor
 
 from policies.decoding.latent_cache import LatentCache
 from rollout.backends import Decoder
+from rollout.drafts.speculative import confident_drafts
 from rollout.rows import Prefilled, Rows
 from rollout.sampling import Noise, SamplingParams, pick
 
@@ -131,20 +132,23 @@ class Drafter:
 
     # ---- drafting -----------------------------------------------------------------------------------------------
 
-    def draft(self, live: Rows, depth: int, noise: Noise, temperature: float | Tensor) -> Tensor:
-        """Drafts [R, k] of the draft head, chosen with the same noise that the trunk's choice will use."""
-        drafts = []
+    def draft(self, live: Rows, depth: int, noise: Noise, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Drafts [R, k] of the draft head, chosen with the same noise that the trunk's choice will use; with
+        `accept: margin` also which of them are taken unverified [R, k]."""
+        drafts, confident = [], []
         out = self._catch_up(live)
         assert self.cache is not None
         for d in range(depth):
             logits = self.head.logits(out)
             drafts.append(pick(logits, temperature, noise.at(d), self.vocabulary))
+            if self.params.accept == "margin":
+                confident.append(confident_drafts(logits, temperature, self.params.margin))
             if d + 1 < depth:
                 position = (live.prompt_length + live.count + d)[:, None]
                 out = self.head(drafts[-1][:, None], out[:, None], self._clamp(position), self.cache)[:, 0]
                 self.cache.advance(1)
         self.cache.advance(1 - depth)  # accepted or not, a chain is rolled back: its entries are not those of depth 1
-        return torch.stack(drafts, dim=1)
+        return torch.stack(drafts, dim=1), torch.stack(confident, dim=1) if confident else None
 
     def _catch_up(self, live: Rows) -> Tensor:
         """Read what was verified since the last draft; returns the output for each row's newest token [R, D]."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rollout.sampling import by_temperature
+
 
 def verify_draft(targets_RS: Tensor, drafts_RK: Tensor) -> Tensor:
     """Counts how many drafts of each row the trunk accepts [R]: the leading ones that equal its own choice.
@@ -37,3 +39,15 @@ def until_end(
     is_stop = (targets_RS[..., None] == stops).any(-1) & (steps < lengths[:, None])
     stopped = is_stop.any(1)
     return torch.where(stopped, is_stop.long().argmax(1) + 1, lengths), stopped
+
+
+def confident_drafts(logits_NV: Tensor, temperature: float | Tensor, margin: float) -> Tensor:
+    """Finds the drafts that `accept: margin` takes [N]: log p(best) − log p(second) > `margin` nats at the temperature.
+
+    >>> confident_drafts(torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.5, 0.0]]), temperature=1.0, margin=2.0)
+    tensor([ True, False])
+    """
+    if isinstance(temperature, Tensor):
+        return by_temperature(temperature, lambda t, rows: (confident_drafts(logits_NV[rows], t, margin),))[0]
+    best, second = logits_NV.float().topk(2, dim=-1).values.unbind(-1)
+    return (best - second) / (temperature or 1.0) > margin

@@ -325,6 +325,8 @@ class VLLMPool(Pool):
             raise RolloutError(
                 "learner.routing_replay: the experts that vLLM chose are not recorded; leave rollout.backend out"
             )
+        if params.accept != "exact":
+            raise RolloutError("accept=margin is our own engine's; vLLM verifies every draft")
         if params.stop_strings:
             raise RolloutError(f"stop={list(params.stop_strings)}: with vLLM completions end with stop tokens alone")
         for token in params.stop_token_ids:

@@ -293,6 +293,13 @@ def test_a_loss_of_all_solutions_gets_each_of_them(session, opened):
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
+def test_contract_3_lossy_acceptance_is_refused_where_it_would_be_learned_from(session):
+    prompts = session.prompts(1)
+    with pytest.raises(ValueError, match="accept='margin': takes drafts unverified"):
+        session.sample(prompts, step=1, accept="margin", margin=0.0, draft_tokens=2)
+    assert session.sample(prompts, step=1, accept="exact") == session.sample(prompts, step=1)
+
+
 def test_log_probabilities_are_those_that_were_sampled(session):
     prompts = session.prompts(1)
     groups = session.sample(prompts, step=1)

@@ -35,7 +35,7 @@ EVERY_STEP = {
     *("completion/tokens", "completion/length_mean", "completion/length_max", "completion/truncated"),
     *("loss/policy", "policy/entropy", "policy/clip_fraction", "policy/ratio_mean"),
     *("mismatch/logprob_abs_mean", "mismatch/kl"),
-    *("draft/acceptance_depth_1", "draft/acceptance_depth_2", "draft/tokens_per_forward"),
+    *("draft/acceptance_depth_1", "draft/acceptance_depth_2", "draft/tokens_per_forward", "draft/fallback_rate"),
     *("moe/load_min", "moe/load_max", "moe/max_violation"),
     *("learner/learning_rate", "learner/grad_norm", "learner/updates"),
     *("time/step", "time/rollout", "time/reward", "time/learn", "time/sync"),

@@ -15,6 +15,7 @@ from rollout.sampling import (
     SamplingParams,
     choose,
     choose_at_once,
+    logprobs_of,
     row_key,
 )
 
@@ -208,6 +209,7 @@ def test_contract_2_a_choice_comes_with_its_logprob(vocabulary, temperature):
     chosen, logprobs = choose(logits, temperature, Noise(keys(200), torch.zeros(200), vocabulary))
     expected = (logits.double() / (temperature or 1)).log_softmax(-1)[torch.arange(200), chosen]
     torch.testing.assert_close(logprobs, expected.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs_of(logits, chosen, temperature), expected.float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("vocabulary", "scale"), [(FULL_ROW, 2.0), (FULL_ROW + 1, 4.0)])
@@ -249,6 +251,8 @@ BAD = [
     ({"temperature": math.inf}, "rollout.temperature=inf"),
     ({"max_completion_tokens": 0}, "rollout.max_completion_tokens=0.*1 or more"),
     ({"draft_tokens": -1}, "rollout.draft_tokens=-1.*0"),
+    ({"accept": "greedy"}, "accept='greedy'.*exact or margin"),
+    ({"margin": -1.0}, "margin=-1.0.*0 or more"),
     ({"stop_strings": ("a", "")}, "an empty text would end every completion"),
     ({"stop_strings": "Question:"}, "give a list of texts"),
 ]

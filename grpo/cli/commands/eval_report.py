@@ -91,6 +91,7 @@ def _cells(result: Evaluation) -> dict[str, str]:
     if result.acceptance:
         rates = " ".join(f"{rate:.2f}".removeprefix("0") for rate in result.acceptance)
         cells["drafts accepted, by depth"] = rates
+        cells["fallback rate"] = f"{result.fallback_rate:.1%}"
     if result.without_mark:
         failed = result.without_mark - result.abstained
         cells["without a mark"] = f"{result.abstained:,} abstained, {failed:,} failed"

@@ -135,10 +135,10 @@ class ServedPool:
             choices, usage = answer["choices"], answer.get("usage") or {}
             if len(choices) != expected:
                 raise ValueError(f"{len(choices)} choices, not {expected}")
-            forwards = usage.get("target_forwards", 0)
+            forwards, fallbacks = usage.get("target_forwards", 0), usage.get("fallbacks", 0)
             completions = [self._completion(choice, usage.get("completion_tokens", 0)) for choice in choices]
             # The counts are of all choices together, and their sums are what an evaluation reports.
-            completions[0].draft = DraftStats(int(forwards))
+            completions[0].draft = DraftStats(int(forwards), fallbacks=int(fallbacks))
             return completions
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             why = f"{type(error).__name__}: {error}"
@@ -165,10 +165,11 @@ class ServedPool:
 def open_served(config: EvalConfig) -> ServedPool:
     """Returns the server that `config.model` is the address of. Raises ValueError where it does not answer, and for
     options that only a policy in this process could follow. Drafts change no token, so `draft_tokens` has no effect."""
-    if config.has_tools:
+    ours = {"rollout.lossy_margin": config.rollout.lossy_margin is not None, "tools and environment": config.has_tools}
+    if wrong := [name for name, is_set in ours.items() if is_set]:
         raise ValueError(
-            f"tools and environment: the server at {config.model} decides that; give it to `quartet serve`, or "
-            "evaluate the run itself"
+            f"{', '.join(wrong)}: the server at {config.model} decides that; give it to `quartet serve`, or evaluate "
+            "the run itself"
         )
     key = key_of(config.api_key_file) if config.api_key_file else ""
     for name in ("NO_PROXY", "no_proxy"):  # no proxy knows a server of this machine

@@ -120,6 +120,8 @@ def groups(sampled: Sequence[RolloutGroup], tokenizer: PreTrainedTokenizerBase, 
             words = [completion.finish_reason, f"{len(completion.token_ids)} tokens"]
             if (rate := tokens_per_forward([completion])) is not None:
                 words.append(f"{rate:.2f} a forward")
+            if completion.draft.fallbacks:
+                words.append(f"{completion.draft.fallbacks} fallbacks")
             CONSOLE.print(coloured(completion, tokenizer))
             CONSOLE.print("  " + ", ".join(words), style="dim", highlight=False)
     if any(any(completion.draft.depths) for group in sampled for completion in group.completions):

@@ -129,7 +129,7 @@ class SampleConfig(_UseOptions):
     # What `quartet sample --help` shows; `--help all` shows all.
     common: ClassVar[tuple[str, ...]] = (
         *("samples", "stop", "data.template", "data.few_shot", "data.name"),
-        *("rollout.temperature", "rollout.max_completion_tokens", "rollout.draft_tokens"),
+        *("rollout.temperature", "rollout.max_completion_tokens", "rollout.draft_tokens", "rollout.lossy_margin"),
         *("tools", "environment", "device", "dtype", "threads", "seed"),
     )
     samples: int = Field(default=4, ge=1, le=LARGEST_GROUP)

@@ -221,6 +221,7 @@ RENAMED_AFTER_0_2 = {  # by the option of today: the command, its name in 0.2, a
     "sft.schedule": (TrainConfig, "warm_start.schedule", "constant"),
     "rollout.staleness": (TrainConfig, "rollout.ahead", 2),
     "rollout.max_resamples": (TrainConfig, "rollout.refill_draws", 3),
+    "rollout.lossy_margin": (SampleConfig, "rollout.margin", 1.5),
     "mtp.train_base_model": (SftConfig, "mtp.train_trunk", True),
     "max_score": (RewardTestConfig, "full_marks", 2.0),
 }

@@ -145,13 +145,14 @@ def test_pass_at_k_and_majorities_of_several_samples():
     assert "eval/pass_at_1" not in metrics
 
 
-def test_drafts_are_summed_over_completions():
-    drafted = [DraftStats(4, [4, 4], [3, 1]), DraftStats(6, [6, 6, 6], [5, 3, 3])]
+def test_drafts_and_fallbacks_are_summed_over_completions():
+    drafted = [DraftStats(4, [4, 4], [3, 1], fallbacks=1), DraftStats(6, [6, 6, 6], [5, 3, 3], fallbacks=2)]
     result = _evaluated(*(replace(_completion("#### 42"), draft=draft) for draft in drafted))
     one_token = replace(_completion("#### 42", 1), draft=DraftStats(0, [0, 0], [0, 0]))
     plain = _evaluated(one_token, one_token)
     assert result.acceptance == [8 / 10, 4 / 10, 3 / 6]
-    assert (plain.acceptance, plain.tokens_per_forward) == ([], 1.0)
+    assert result.fallback_rate == 3 / 10
+    assert (plain.acceptance, plain.fallback_rate, plain.tokens_per_forward) == ([], 0.0, 1.0)
 
 
 OWN = """

@@ -30,7 +30,7 @@ def test_rollout_metrics_by_hand():
                 # a first token, then (1 + 2) + (1 + 1) in 2 forwards
                 _completion(6, "stop", DraftStats(2, drafted=[2, 2], accepted=[2, 1])),
                 # a first token, then (1 + 0) + (1 + 1) + 1 in 3 forwards, one of them without a draft
-                _completion(5, "length", DraftStats(3, drafted=[2], accepted=[1])),
+                _completion(5, "length", DraftStats(3, drafted=[2], accepted=[1], fallbacks=1)),
             ],
         ),
         RolloutGroup(prompt, [_completion(1, "abort", DraftStats(0)), _completion(4, "stop", DraftStats(3))]),
@@ -58,6 +58,7 @@ def test_rollout_metrics_by_hand():
         "completion/truncated": pytest.approx(1 / 6),
         "completion/aborted": pytest.approx(1 / 6),
         "draft/tokens_per_forward": pytest.approx(14 / 10),
+        "draft/fallback_rate": pytest.approx(1 / 10),
         "draft/drafted_depth_1": 4,
         "draft/acceptance_depth_1": 0.75,
         "draft/drafted_depth_2": 2,

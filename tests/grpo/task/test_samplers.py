@@ -118,6 +118,8 @@ def test_graphs_are_chosen_by_what_is_planned_and_refused_by_name(micro_policy, 
     assert by_controller == [False, False, True]  # three times as many graphs
     assert [compiled({"compile": compile}, AnswerOptions) for compile in ("on", "off")] == [True, False]
     assert not compiled({"backend": "vllm"}, rounds=10**9)
+    with pytest.raises(ValueError, match=r"compile=on: rollout.lossy_margin=1.0 takes drafts unverified.*leave it out"):
+        compiled({"compile": "on", "lossy_margin": 1.0}, AnswerOptions)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="no C\\+\\+ compiler .no-such-compiler"):
         compiled({"compile": "on"}, AnswerOptions)

@@ -215,6 +215,7 @@ def test_contract_4_the_noise_of_a_continued_completion_goes_on_in_a_graph(polic
 
 UNCOMPUTED = {
     "stop strings": {"stop_strings": ("x",)},
+    "lossy drafts": {"accept": "margin"},
     "recorded routing": {"record_routing": True},
     "a controller without costs": {"draft_tokens": None},
 }

@@ -334,6 +334,7 @@ def test_draft_statistics_add_up(engine, draft_tokens):
         assert all(accepted <= made for accepted, made in zip(draft.accepted, draft.drafted, strict=True))
         missing = 1 + draft.target_forwards + sum(draft.accepted) - length
         assert missing in (0, 1)
+        assert draft.fallbacks == 0
         if draft_tokens == 0:
             assert draft.target_forwards == length - 1
 

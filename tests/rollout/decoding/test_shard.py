@@ -1,5 +1,6 @@
 """Rows that wait, depths that change, drafts taken unverified, experts noted: the tokens stay what they are."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from engine_cases import PARAMS, PROMPTS, completions, prompts_of, tokens, unrol
 import rollout.decoding.batch
 import rollout.rows
 from policies.decoding.absorbed import AbsorbedTrunk
+from policies.routing.routers import RoutingRecorder
 from rollout.cost_table import CostTable
 from rollout.decoding.batch import Batch
 from rollout.decoding.engine import Engine
@@ -17,8 +19,11 @@ from rollout.decoding.shard import Decoding
 from rollout.drafts import head
 from rollout.drafts.depth import DepthController
 from rollout.drafts.drafts import Drafts
+from rollout.faults import RolloutError
 from rollout.group import Prompt
+from rollout.pool import PoolOptions
 from rollout.rows import Rows
+from rollout.workers.local_pool import LocalPool
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +237,7 @@ def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeyp
     def draft_and_change(self, live, depth, noise, temperature):
         """Notes the head's drafts; what is verified instead is right for early rows, and a share of the others."""
         logits.clear()
-        drafts = draft(self, live, depth, noise, temperature)
+        drafts, confident = draft(self, live, depth, noise, temperature)
         changed = drafts.clone()
         for r in live.alive.nonzero()[:, 0].tolist():
             row, count = int(live.index[r]), int(live.count[r])
@@ -241,7 +246,7 @@ def test_rows_that_end_far_apart_leave_each_others_entries_alone(policy, monkeyp
             changed[r, : len(right)] = torch.tensor(right)
             if row not in early and rng.random() >= share:
                 changed[r, 0] = (changed[r, 0] + 1) % 250
-        return changed
+        return changed, confident
 
     monkeypatch.setattr(DepthController, "choose", choose)
     monkeypatch.setattr(head, "pick", pick_token)
@@ -279,3 +284,91 @@ def test_costs_are_measured_once_and_kept(policy):
     engine.sample(PROMPTS, replace(PARAMS, draft_tokens=None, max_completion_tokens=4))
     engine.sync_weights(policy.weights(), 1)
     assert engine.costs is costs
+
+
+# ---- accept: margin ----
+
+
+def test_margin_takes_clear_drafts_unverified_and_counts_the_others(policy):
+    params = replace(PARAMS, draft_tokens=3, accept="margin", stop_token_ids=())
+    never = completions(Engine(policy).sample(PROMPTS, replace(params, margin=1e9)))
+    assert [c.token_ids for c in never] == tokens(Engine(policy).sample(PROMPTS, replace(params, accept="exact")))
+    assert all(c.draft.fallbacks >= c.draft.target_forwards - 1 and sum(c.draft.accepted) == 0 for c in never)
+    always = completions(Engine(policy).sample(PROMPTS, replace(params, margin=0.0)))
+    assert all(c.draft.fallbacks == 0 and c.draft.accepted == c.draft.drafted for c in always)
+    assert [c.token_ids for c in always] != [c.token_ids for c in never]
+    some = completions(Engine(policy).sample(PROMPTS, replace(params, margin=1.0)))
+    assert 0 < sum(c.draft.fallbacks for c in some) < sum(c.draft.target_forwards for c in some)
+
+
+# ---- experts ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_the_experts_noted_are_those_the_stock_model_uses(policy, draft_tokens):
+    engine = Engine(policy, max_rows=9)
+    groups = engine.sample(PROMPTS, replace(PARAMS, draft_tokens=draft_tokens, record_routing=True))
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            with RoutingRecorder(policy.trunk) as recorder:
+                policy.trunk(ids, use_cache=False)
+            used = torch.stack(recorder.experts, dim=1).sort(-1).values  # [T, MoE layers, k]
+            length = len(group.prompt.token_ids)
+            assert torch.equal(group.prompt_routing.sort(-1).values.long(), used[:length])
+            assert torch.equal(completion.routing.sort(-1).values.long()[:-1], used[length:-1])
+            assert completion.routing.shape == used[length:].shape
+
+
+def test_the_last_token_of_a_completion_has_no_experts(policy):
+    """It is never read for its own sake: what was read in its place is a draft, or it again after its row had ended."""
+    engine = Engine(policy, max_rows=9, costs=CHEAP)
+    for change in ({"draft_tokens": 8}, {"draft_tokens": None}, {"max_completion_tokens": 1}):
+        for group in engine.sample(PROMPTS, replace(PARAMS, record_routing=True, **change)):
+            assert (group.prompt_routing >= 0).all()
+            for completion in group.completions:
+                assert (completion.routing[-1] == -1).all()
+                assert (completion.routing[:-1] >= 0).all()
+
+
+# ---- failures ----
+
+
+def test_what_is_not_finite_is_marked_and_the_rest_is_not_lost(random_policy):
+    policy = random_policy(1)
+    healthy = tokens(Engine(policy).sample(PROMPTS, PARAMS))
+    with torch.no_grad():
+        policy.trunk.get_input_embeddings().weight[PROMPTS[2].token_ids[0]] = math.nan
+    touched = PROMPTS[2].token_ids[0]
+    with pytest.raises(RolloutError, match=r"not finite.*'p/2'") as caught:
+        Engine(policy).sample(PROMPTS, PARAMS)
+    found = completions(caught.value.groups)
+    assert len(found) == len(healthy) == 32
+    for i, (completion, ids) in enumerate(zip(found, healthy, strict=True)):
+        if touched in PROMPTS[i // 4].token_ids + ids[:-1]:
+            assert completion.finish_reason == "abort"
+            assert completion.token_ids == ids[: len(completion.token_ids)]  # what came before is good
+        else:
+            assert completion.token_ids == ids
+    assert sum(c.finish_reason != "abort" for c in found) >= 16
+
+
+def test_a_prompt_that_cannot_be_continued_costs_no_other_one(policy, plain):
+    prompts = [*PROMPTS[:3], Prompt("empty", "", []), *PROMPTS[3:], Prompt("long", "", [5] * 250)]
+    for sampler in (Engine(policy), LocalPool(policy, PoolOptions(prompts_per_shard=3))):
+        with pytest.raises(RolloutError, match=r"(?s)'empty' has no tokens.*'long' has 250 tokens") as caught:
+            sampler.sample(prompts, PARAMS)
+        assert [group.prompt for group in caught.value.groups] == PROMPTS
+        assert tokens(caught.value.groups) == plain
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_told_of_also_where_costs_are_measured_first(random_policy):
+    policy = random_policy(1)
+    with torch.no_grad():
+        policy.trunk.model.norm.weight.fill_(math.nan)
+    engine = Engine(policy)
+    with pytest.raises(RolloutError, match="not finite for completions of 2 of 2 prompts"):
+        engine.sample(PROMPTS[:2], replace(PARAMS, draft_tokens=None))
+    assert engine.costs.max_depth > 0

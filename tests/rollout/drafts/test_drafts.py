@@ -149,7 +149,7 @@ def test_costs_and_calls_of_a_shard_by_hand(drafts_of):
     drafts.add_prompts(prompts)
     drafts.add_verified(live, "tokens", "hidden", "kept")
     former = drafts.reading
-    assert drafts.draft(live, 2, "noise", 0.5) == Drafted((live, 2))
+    assert drafts.draft(live, 2, "noise", 0.5) == Drafted(live, 2)
     assert drafts.reading is not former
     assert isinstance(drafts.reading, Patience)
     drafts.catch_up(live, fits=True)

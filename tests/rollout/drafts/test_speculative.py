@@ -2,7 +2,7 @@
 
 import torch
 
-from rollout.drafts.speculative import until_end, verify_draft
+from rollout.drafts.speculative import confident_drafts, until_end, verify_draft
 
 
 def test_by_hand():
@@ -32,3 +32,15 @@ def test_where_rows_end_by_hand():
     lengths, stopped = until_end(targets[:, :1], None, alive, 9, stops)
     assert lengths.tolist() == [1, 1, 1, 0, 1, 1, 1]
     assert stopped.tolist() == [False] * 5 + [True, False]
+
+
+def test_clear_drafts_by_hand():
+    """The best is 4, .5 and 2 above the second; 2 nats are not more than 2."""
+    logits = torch.tensor([[5.0, 1.0, 0.0], [1.0, 0.5, 0.0], [3.0, 1.0, 0.0]])
+    for temperature, clear in (
+        (1.0, [True, False, False]),
+        (0.0, [True, False, False]),
+        (0.5, [True, False, True]),
+        (torch.tensor([2.0, 0.2, 0.5]), [False, True, True]),
+    ):
+        assert confident_drafts(logits, temperature, margin=2.0).tolist() == clear

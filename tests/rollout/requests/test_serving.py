@@ -10,9 +10,10 @@ from engine_cases import PROMPTS, STOPS
 
 from rollout.cost_table import CostTable
 from rollout.decoding.engine import Engine
+from rollout.drafts.speculative import confident_drafts
 from rollout.request import News, Request
 from rollout.requests.serving import UNREAD, Serving
-from rollout.sampling import Noise, SamplingParams, choose, pick
+from rollout.sampling import Noise, SamplingParams, choose, logprobs_of, pick
 
 BASE = SamplingParams(group_size=1, temperature=1.0, max_completion_tokens=40, stop_token_ids=STOPS)
 
@@ -164,3 +165,6 @@ def test_a_row_of_its_own_temperature_gets_the_bits_of_a_batch_of_it(vocabulary)
         token, logprob = choose(logits[i : i + 1], temperature, noise.of(slice(i, i + 1)))
         assert (tokens[i], logprobs[i]) == (token[0], logprob[0])
         assert pick(logits, own, noise)[i] == token[0]
+        assert logprobs_of(logits, tokens, own)[i] == logprobs_of(logits[i : i + 1], token, temperature)[0]
+        sure = confident_drafts(logits[i : i + 1], temperature, 0.5)
+        assert confident_drafts(logits, own, 0.5)[i] == sure[0]

@@ -193,6 +193,7 @@ def test_tokens_are_drawn_as_the_policy_says(random_policy, tmp_path, draft_toke
     [
         ({"draft_tokens": 0}, "draft_tokens=0: this vLLM was started with rollout.draft_tokens=2"),
         ({"record_routing": True}, "routing_replay"),
+        ({"accept": "margin"}, "margin is our own engine's"),
         ({"stop_strings": ("\n",)}, "stop tokens alone"),
         ({"stop_token_ids": (9999,)}, "9999 is outside the vocabulary"),
     ],

@@ -40,7 +40,7 @@ def _config(folder, **given) -> EvalConfig:
 
 def _same_results(a, b) -> bool:
     """But for what depends on the clock, or on which rows are decoded together."""
-    other = ("seconds", "tokens_per_second", "groups", "tokens_per_forward", "acceptance")
+    other = ("seconds", "tokens_per_second", "groups", "tokens_per_forward", "acceptance", "fallback_rate")
     tokens = [[c.token_ids for group in result.groups for c in group.completions] for result in (a, b)]
     return tokens[0] == tokens[1] and all(vars(a)[name] == vars(b)[name] for name in vars(a) if name not in other)
 
@@ -469,7 +469,7 @@ def test_the_command_writes_a_table_of_80_columns_and_a_document(trained, own, t
     assert "…" not in "".join(table)
     for label in (
         *("accuracy", "correct", "pass@2", "pass@4", "majority of 4", "tokens per second"),
-        *("tokens per forward", "drafts accepted, by depth"),
+        *("tokens per forward", "drafts accepted, by depth", "fallback rate"),
     ):
         assert sum(label in line for line in table) == 1
     assert f"policy: {folder}/policy (the end of the run)" in text

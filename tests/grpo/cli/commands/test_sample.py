@@ -132,6 +132,16 @@ def test_prompts_that_cannot_be_continued_are_refused(model, tmp_path):
         _groups(model, path, **{"data.template": "chat"})
 
 
+def test_margin_is_counted_and_named(model, tmp_path):
+    path = _write(tmp_path / "p.jsonl", '{"prompt": "Tom has 5 pens. "}')
+    [group] = _groups(model, path, **{"rollout.lossy_margin": 1e9, "rollout.draft_tokens": 2})
+    assert json.loads(json.dumps(group, allow_nan=False)) == group
+    assert all(len(c["draft"]["drafted"]) == len(c["draft"]["accepted"]) == 2 for c in group["completions"])
+    assert all(c["draft"]["fallbacks"] >= c["draft"]["target_forwards"] - 1 for c in group["completions"])
+    with pytest.raises(RolloutError, match="accept=margin takes drafts unverified, but there are none"):
+        _groups(model, path, **{"rollout.lossy_margin": 2.0, "rollout.draft_tokens": 0})
+
+
 @pytest.fixture(scope="module")
 def run(micro_config, tmp_path_factory):
     """A run whose template, worked example and sampling are not the defaults, and its configuration."""

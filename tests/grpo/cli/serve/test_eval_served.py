@@ -125,7 +125,7 @@ def test_what_cannot_be_evaluated_is_said(capsys):
     for address, words, said in (
         ("http://127.0.0.1:1x", [], "does not answer as OpenAI's API does"),
         ("http://127.0.0.1:1", [], "does not answer as OpenAI's API does"),
-        ("http://127.0.0.1:1", ["--environment", "calculator"], "tools and environment: the server at"),
+        ("http://127.0.0.1:1", ["--rollout.lossy_margin", "2"], "rollout.lossy_margin: the server at"),
         ("http://127.0.0.1:1", ["--api_key_file", "nowhere"], "api_key_file=nowhere: there is no such file"),
     ):
         assert main(["eval", address, *words, "--eval.limit", "2"]) == 1

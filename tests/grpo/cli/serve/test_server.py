@@ -101,7 +101,8 @@ def test_an_answer_names_its_policy_and_without_a_seed_the_one_that_was_drawn(ru
     assert first["seed"] != second["seed"]
     again = running.complete("7 + 5 = ", seed=first["seed"], max_tokens=30)
     assert again["choices"][0]["text"] == first["choices"][0]["text"]
-    assert (again["policy_version"], again["system_fingerprint"]) == (0, "policy-version-0")
+    assert (again["policy_version"], again["accept"]) == (0, "exact")
+    assert again["system_fingerprint"] == "policy-version-0-exact"
     assert again["choices"][0]["policy_version"] == 0
     chunks = running.stream("/v1/completions", {"prompt": "1", "max_tokens": 2})
     assert {chunk["policy_version"] for chunk in chunks} == {0}
@@ -258,8 +259,8 @@ def test_clients_that_go_away_free_their_rows_and_too_many_get_429(model, engine
         assert status == 200
         with urllib.request.urlopen(f"http://{server.address}/metrics") as response:
             counted = response.read().decode()
-        assert "quartet_refused 1\n" in counted
-        assert "quartet_rows 0\n" in counted
+        assert 'quartet_refused{accept="exact"} 1\n' in counted
+        assert 'quartet_rows{accept="exact"} 0\n' in counted
     finally:
         server.end()
 
@@ -288,6 +289,18 @@ def test_another_address_needs_keys(tmp_path, model, capsys):
         read_keys(key, "0.0.0.0")
     key.write_text("secret-of-ours\nand-of-yours\n")
     assert read_keys(key, "0.0.0.0") == ["secret-of-ours", "and-of-yours"]
+
+
+def test_margin_says_so_and_is_counted(model):
+    server = Running(model, **{"rollout.lossy_margin": 0.5})
+    try:
+        answer = server.complete("8 + 8 = ", max_tokens=40)
+        assert (answer["accept"], answer["system_fingerprint"]) == ("margin", "policy-version-0-margin")
+        usage = answer["usage"]
+        assert usage["fallbacks"] + usage["completion_tokens_details"]["accepted_prediction_tokens"] > 0
+        assert server.batcher.counts.fallbacks == usage["fallbacks"]
+    finally:
+        server.end()
 
 
 @pytest.mark.slow
