@@ -122,7 +122,7 @@ def load_examples(
         refuse_evaluation_data(str(name_or_path), split, None)
     problems = _made(source, split, seed, limit, options.task_options)
     if problems:
-        solution_column = "answer"
+        solution_column: str | None = "answer"
         if problems[0]["answer"] is None:
             solution_column = None
             if options.solution_column is not None:
