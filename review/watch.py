@@ -217,7 +217,7 @@ class Watcher:
 
     # ---- what is written ---------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin_run(self) -> None:
         if not self.writes:
             return
         (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
@@ -350,7 +350,7 @@ def _callback(watcher: Watcher) -> Any:
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             with watcher._guarded():
-                watcher.begin()
+                watcher.begin_run()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             with watcher._guarded():
