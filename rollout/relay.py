@@ -65,6 +65,7 @@ class Relay:
 
     def give_up(self, why: str) -> list[Request]:
         given_up = [*self.requests.values(), *self.asked]
+        self.gone |= set(self.requests)
         self.requests, self.asked = {}, deque()
         for request in given_up:
             request.tell(News(error=why))

@@ -92,7 +92,7 @@ class SftLearnerOptions(UpdateOptions):
 class LearnerOptions(UpdateOptions):
     """The optimizer of GRPO, and how a batch is cut."""
 
-    updates_per_batch: int = Field(default=1, ge=1)
+    updates_per_batch: int = Field(default=1, ge=1, le=1024)
     """Optimizer updates on each batch of rollouts."""
     routing_replay: bool = False
     """The learner's forward uses the experts and the dynamic heads that the sampler chose, for the prompt too."""

@@ -11,6 +11,8 @@ from rewards.config.options import Options
 LOWEST_TEMPERATURE = 1e-6  # logits that are divided by less leave the range of float32: see rollout/sampling.py
 
 LARGEST_GROUP = 65_536  # its lists are made before a step: a trillion would fill the memory
+MOST_DRAFTS = 256  # every sequence has a place for each of them in the caches
+MOST_RESAMPLES = 65_536  # each is a batch that is sampled
 
 
 class SamplingOptions(Options):
@@ -20,7 +22,7 @@ class SamplingOptions(Options):
     """Sampling temperature."""
     max_completion_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens; a completion that has not stopped by then is cut."""
-    draft_tokens: int | None = Field(default=None, ge=0)
+    draft_tokens: int | None = Field(default=None, ge=0, le=MOST_DRAFTS)
     """Drafts per forward of the trunk; 0 for none, null chooses by measured cost. Drafts never change a token."""
 
 
@@ -86,7 +88,7 @@ class RolloutOptions(WorkersOptions):
     """The matrices that our engine samples and drafts with, routed experts included, in fewer bits than those that are
     learned, on a CPU; each weight sync makes them again. The importance correction is on. Held-out problems are
     answered with them too."""
-    max_resamples: int = Field(default=0, ge=0)
+    max_resamples: int = Field(default=0, ge=0, le=MOST_RESAMPLES)
     """Dynamic sampling: the next prompts of the data take the place of zero-variance groups, at most this many times
     per step; 0 keeps them."""
 

@@ -59,7 +59,9 @@ def message_of(value: object) -> dict[str, Any]:
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise ValueError("content has parts of type text alone; the policy reads nothing else")
-        content = "".join(str(part.get("text", "")) for part in content)
+        if not all(isinstance(part.get("text"), str) for part in content):  # "None" is what nobody has written
+            raise ValueError("a part of type text has a `text`, which is one")
+        content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError("content is a text")
     calls = value.get("tool_calls")

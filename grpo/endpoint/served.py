@@ -81,7 +81,8 @@ class Served:
         jobs: list[Job] = []
         for number, prompt in enumerate(prompts):
             params = self._params(asked, prompt, param, seed)
-            first = asked.completions * prompts[:number].count(prompt)  # the same prompt again has noise of its own
+            before = sum(other.token_ids == prompt.token_ids for other in prompts[:number])
+            first = asked.completions * before  # the same prompt again has noise of its own, also as a text and as ids
             samples = [replace(prompt, first_sample=first + sample) for sample in range(asked.completions)]
             jobs += [Job(number, each, params) for number, each in enumerate(samples, start=len(jobs))]
         return jobs

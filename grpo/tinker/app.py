@@ -18,7 +18,6 @@ from tinker import types
 from grpo.endpoint.api_error import ApiError
 from grpo.endpoint.door import HEADERS, JSON, MOST_BYTES, Door
 from grpo.tinker import sampler, wire
-from grpo.tinker.sampler import spec_in
 from grpo.tinker.service import Job, Service, check_number, session_of
 from grpo.tinker.wire import Asked, Refused
 
@@ -289,7 +288,7 @@ class _Api:
 
     async def weights_info(self, request: Request) -> dict[str, Any]:
         asked = await self._read(request, _Path)
-        spec = spec_in(self.service.folder_of(asked.tinker_path))
+        spec = self.service.spec_of(asked.tinker_path)
         flags = {name: getattr(spec, name) for name in ("train_unembed", "train_mlp", "train_attn")}
         return {"base_model": self.service.name} | _lora(spec.rank) | flags
 

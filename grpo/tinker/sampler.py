@@ -6,7 +6,8 @@ Every request is decoded by itself, so that no token and no log-probability depe
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -108,6 +109,30 @@ def _check(folder: Path, files: tuple[tuple[str, int, int], ...]) -> None:
     are the same, they are not read again."""
     if "files" in read_json(folder / "spec.json") and (why := fault(folder, "spec.json")):
         raise Refused(f"{folder} is damaged: {why}")
+
+
+@contextmanager
+def unmoved(folder: Path) -> Iterator[None]:
+    """Raises Refused if saved weights are deleted, or replaced by others, while they are read inside it: what was read
+    may be of two saves."""
+    before = _identity(folder)
+    try:
+        yield
+    except (FileNotFoundError, Refused):
+        if before is not None and _identity(folder) == before:
+            raise
+    if before is None or _identity(folder) != before:
+        raise Refused(f"weights {folder.name!r} were deleted or replaced while they were read; ask again")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tells a folder from another one of its name; None where there is none. Its files are written before it gets its
+    name."""
+    try:
+        stat = folder.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def spec_in(folder: Path) -> Spec:

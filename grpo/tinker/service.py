@@ -37,7 +37,7 @@ from grpo.learner.learner import Learner
 from grpo.run.lock import RunLock
 from grpo.tinker import sampler, wire
 from grpo.tinker.model import Spec, forward_backward, learner_of, load_state, optim_step, state_of
-from grpo.tinker.sampler import Sampler, spec_in, tensors_of
+from grpo.tinker.sampler import Sampler, spec_in, tensors_of, unmoved
 from grpo.tinker.wire import SCHEME, Refused
 from policies import tensor_files
 from policies.files.atomic import tidy, write_file, write_folder
@@ -46,6 +46,7 @@ from policies.policy import Policy
 from rewards.config.json_file import read_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+ID = re.compile(r"[A-Za-z0-9]+:(train|sample):[0-9]+")  # of a model or a sampler, whose folder has the same name
 KEEP_STATE_S = 30.0  # between two states of a model that are kept: what came after the last one is done again
 RESULTS = 4096  # the last ones of each model and sampler are kept
 UNNAMED = 16  # weights for sampling without a name that are kept of each model
@@ -54,6 +55,7 @@ MOST_NUMBER = 10**8 - 1  # of requests, models and samplers: the names of their 
 MOST_OF_ONE, MOST_WAITING = 1024, 8192  # requests that wait: of one model or sampler, and of one owner
 MOST_BYTES = 1 << 28  # of the requests of one owner that wait
 MOST_LOADED = 16  # models of one owner in memory
+MOST_SESSIONS = 4096  # of one owner
 
 
 Thing = TypeVar("Thing")
@@ -194,6 +196,7 @@ class Service:
             (folder / part).mkdir(exist_ok=True)
             tidy(folder / part)
         self._mutex = threading.RLock()
+        self._saved = threading.Lock()  # which folders of weights there are
         self.sessions: dict[str, dict[str, Any]] = {}
         self.models: dict[str, Model] = {}
         self.samplers: dict[str, SamplingSession] = {}
@@ -219,10 +222,25 @@ class Service:
         """A session with this content; its `owner` has what is made in it."""
         session = secrets.token_hex(8)
         content = {"owner": "", "at": time.time(), **content}
-        write_file(self.folder / "sessions" / f"{session}.json", json.dumps(content))
         with self._mutex:
+            self._forget_a_session(content["owner"])
+            write_file(self.folder / "sessions" / f"{session}.json", json.dumps(content))
             self.sessions[session] = _brief(content)
         return session
+
+    def _forget_a_session(self, owner: str) -> None:
+        """Remove the oldest session in which nothing was made, if an owner has as many as may be. Raises Refused if
+        something was made in all of them."""
+        own = [session for session in self.sessions if self.owner(session) == owner]
+        if len(own) < MOST_SESSIONS:
+            return
+        used = {session_of(id_) for id_ in (*self.models, *self.samplers)}
+        empty = [session for session in own if session not in used]
+        if not empty:
+            raise Refused(f"there are {len(own):,} sessions with models or samplers; go on in one of them")
+        oldest = min(empty, key=lambda session: self.sessions[session].get("at", 0.0))
+        (self.folder / "sessions" / f"{oldest}.json").unlink(missing_ok=True)
+        del self.sessions[oldest]
 
     def owns(self, owner: str, id_: str) -> bool:
         """Whether the session of an id or a path is there for this owner. One of version 0.2 has no owner and is there
@@ -250,11 +268,13 @@ class Service:
         check_number("sampling_session_seq_id", number)
         written = None
         if path is not None:
-            written = _number(self.folder_of(path))
+            folder = self.folder_of(path)
+            with unmoved(folder):
+                written = _number(folder)
         id_ = f"{session}:sample:{number}"
         with self._mutex:
             if id_ not in self.samplers:
-                folder = self.folder / "samplers" / id_.replace(":", ".")
+                folder = self.folder / "samplers" / _folder_name(id_)
                 of_session = [s for s in self.samplers.values() if s.id.startswith(f"{session}:") and s.path == path]
                 sampling = SamplingSession(folder, id_, path, len(of_session), written)
                 content = {"id": id_, "path": path, "place": sampling.place, "written": written}
@@ -264,14 +284,22 @@ class Service:
                 raise Refused(f"sampling_session_seq_id={number}: it is a sampler of {other or 'the base'} already")
         return id_
 
-    def _weights_of(self, sampling: SamplingSession) -> Path | None:
-        """The folder of a sampler's weights; None for the base's. Raises Refused where others took their place."""
+    def _hold_weights(self, sampling: SamplingSession) -> None:
+        """Let the engine hold a sampler's weights. Raises Refused where others took their place, also while they are
+        read: then it holds nobody's."""
         if sampling.path is None:
-            return None
+            self.sampler.hold_weights(sampling.id, None)
+            return
         folder = self.folder_of(sampling.path)
-        if sampling.written not in (None, _number(folder)):
-            raise Refused(f"path {sampling.path!r}: its weights are no longer those of this sampler; create another")
-        return folder
+        try:
+            with unmoved(folder):
+                if sampling.written not in (None, _number(folder)):
+                    why = "its weights are no longer those of this sampler; create another"
+                    raise Refused(f"path {sampling.path!r}: {why}")
+                self.sampler.hold_weights(sampling.id, folder)
+        except Refused:
+            self.sampler.of = ""
+            raise
 
     def folder_of(self, path: str) -> Path:
         """The folder of weights that were saved. Raises Refused for a path that leads nowhere."""
@@ -289,7 +317,9 @@ class Service:
         found = []
         for part, kind in (("weights", "training"), ("sampler_weights", "sampler")):
             for path in sorted((model.folder / part).glob("*")):
-                if NAME.fullmatch(path.name):
+                if not NAME.fullmatch(path.name):
+                    continue
+                with suppress(FileNotFoundError):  # deleted meanwhile
                     size = sum(file.stat().st_size for file in path.iterdir())
                     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(path.stat().st_mtime))
                     found.append(
@@ -303,8 +333,16 @@ class Service:
                     )
         return found
 
+    def spec_of(self, path: str) -> Spec:
+        """What the policy is whose weights were saved under a path. Raises Refused where there are none."""
+        folder = self.folder_of(path)
+        with unmoved(folder):
+            return spec_in(folder)
+
     def delete_checkpoint(self, model: Model, place: str) -> None:
-        _remove(self.folder_of(f"{SCHEME}{model.id}/{place}"))
+        """Raises Refused where there is none, also for all but one of those who delete it at once."""
+        with self._saved:
+            _remove(self.folder_of(f"{SCHEME}{model.id}/{place}"))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -323,7 +361,8 @@ class Service:
             if not is_missing:  # others wait for this one: without it they would wait for ever
                 self._check_waiting(model_id, len(body))
             if model is None:
-                model = self.models[model_id] = Model(self.folder / "models" / model_id.replace(":", "."), model_id)
+                folder = self.folder / "models" / _folder_name(model_id)
+                model = self.models[model_id] = Model(folder, model_id)
             return self._enter(Job(model, number, kind, len(body), zlib.crc32(body)), body)
 
     def ask_sampler(self, id_: str, number: int | None, body: bytes) -> Job:
@@ -479,10 +518,7 @@ class Service:
         assert isinstance(sampling, SamplingSession)
         request, base = json.loads(_content(job.path)), self.base
         asked = sampler.read(request, sampling.key(job.number), base.stop_token_ids, base.max_length)
-        try:
-            self.sampler.hold_weights(sampling.id, self._weights_of(sampling))
-        except FileNotFoundError:
-            raise Refused(f"path {sampling.path!r}: its weights were deleted while they were read") from None
+        self._hold_weights(sampling)
         sequences, of_prompt = self.sampler.sample(asked)
         with self._mutex:
             waiting = [other.number - 1 for other in self._samples if other.owner is sampling]
@@ -546,11 +582,12 @@ class Service:
     def _load_weights(self, model: Model, job: Job, request: dict[str, Any]) -> dict[str, Any]:
         self._check_new(request)
         folder = self.folder_of(request["path"])
-        tensors = tensors_of(folder)
+        with unmoved(folder):
+            tensors, spec = tensors_of(folder), spec_in(folder)
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
         if job.number == 0:
-            self._begin_training(model, spec_in(folder))
+            self._begin_training(model, spec)
         load_state(self._learner(model), tensors, optimizer=request["optimizer"])
         return {"path": request["path"]}
 
@@ -581,7 +618,8 @@ class Service:
         id_ = self.add_sampler(session_of(model.id), request.get("sampling_session_seq_id") or 0, path)
         for folder in sorted((model.folder / part).glob("@*"))[:-UNNAMED]:
             self._release(model.path_of(part, folder.name))
-            _remove(folder)
+            with self._saved, suppress(FileNotFoundError):  # a client may have deleted it
+                _remove(folder)
         return {"sampling_session_id": id_}
 
     def _release(self, path: str) -> None:
@@ -618,7 +656,7 @@ class Service:
         tensors = state_of(self._learner(model), optimizer=optimizer)
         assert model.spec is not None
         folder.parent.mkdir(exist_ok=True)
-        with write_folder(folder) as partial:
+        with self._saved, write_folder(folder) as partial:
             partial.mkdir()
             tensor_files.write(tensors, partial)
             sums = {"files": {file.name: size_and_hash(file) for file in partial.iterdir()}}
@@ -683,6 +721,14 @@ def _found(things: Mapping[str, Thing], id_: str) -> Thing:
     if id_ not in things:
         raise Unknown(f"{id_!r:.120}: there is nothing of this id here, or no longer")
     return things[id_]
+
+
+def _folder_name(id_: str) -> str:
+    """The name of the folder of a model or sampler. Raises Unknown unless its session is an id: a client names that,
+    and with a path in it the folder would be elsewhere."""
+    if not ID.fullmatch(id_):
+        raise Unknown(f"{id_!r:.120}: there is no session of this id here")
+    return id_.replace(":", ".")
 
 
 def _number(folder: Path) -> int:

@@ -136,9 +136,10 @@ class RunFiles:
         """Returns the lines of a step, group by group. The last step that was asked for is kept."""
         path = rollout_path(self.folder, step)
         changed = path.stat().st_mtime if path.exists() else 0.0
-        if self._step is None or self._step[:2] != (step, changed):
-            self._step = step, changed, split_groups(read_step(self.folder, step))
-        return self._step[2]
+        known = self._step  # once: another thread may be asked for another step
+        if known is None or known[:2] != (step, changed):
+            self._step = known = step, changed, split_groups(read_step(self.folder, step))
+        return known[2]
 
     def _with_interval(self, row: dict[str, Any]) -> dict[str, Any]:
         """Add the 95 % intervals of the accuracies of this step."""

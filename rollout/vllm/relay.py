@@ -31,18 +31,19 @@ class VLLMRelay(Relay):
         if self.pool.version is None:
             self.held, self.gone, self.goes_on = set(), set(), False
             self.pool._sync_again()
+        gone = self.gone & self.held  # the others did not reach the server
         new = {number: request for number, request in self.requests.items() if number not in self.held}
         job = {
             "version": self.version,
             "goes_on": self.goes_on,
             "new": {str(number): self._row(number) for number in new},
-            "gone": [str(number) for number in self.gone],
+            "gone": [str(number) for number in sorted(gone)],
             "steps": ROUNDS,
             "temperature": self.params.temperature,
             "stop_token_ids": list(self.params.stop_token_ids),
         }
         [answer] = self.pool.client.post("/answer", job, limit_s=self.pool.settings.silence_s)
-        self.held |= set(new)
+        self.held = (self.held - gone) | set(new)
         self.gone, self.goes_on = set(), True
         return answer["completions"]
 
@@ -54,7 +55,7 @@ class VLLMRelay(Relay):
 
     def _completion(self, number: int, turn: Mapping[str, Any]) -> Completion:
         request = self.requests[number]
-        row = Row(request.prompt, 0, 0)
+        row = Row(request.prompt, 0, self.pool.settings.draft_tokens)
         row.add(turn)
         completion = row.completion(self.policy.tokenizer, self.version, request.params.temperature)
         completion.cached = turn["cached"]

@@ -92,6 +92,9 @@ def test_what_a_failure_means_is_refused_where_the_scorer_would():
         ({"rollout.group_size": 10**12}, "no batch holds such a group; use at most 65,536"),
         ({"eval.samples": 10**12}, "eval.samples=1000000000000 (command line): expected less than or equal to 65536"),
         ({"lora.rank": 10**12}, "lora.rank=1000000000000 (command line): expected less than or equal to 4096"),
+        ({"rollout.draft_tokens": 10**12}, "rollout.draft_tokens=1000000000000 (command line): expected less than or"),
+        ({"rollout.max_resamples": 65_537}, "rollout.max_resamples=65537 (command line): expected less than or equal"),
+        ({"learner.updates_per_batch": 1025}, "learner.updates_per_batch=1025 (command line): expected less than or"),
     ],
 )
 def test_impossible_values_are_refused_by_name(overrides, message):

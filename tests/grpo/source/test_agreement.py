@@ -76,6 +76,25 @@ def test_where_no_small_model_can_be_built_windows_are_left_to_transformers(
     assert policy.paths == paths
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(1, "packed"), (6, "alone")])
+def test_in_bfloat16_an_improbable_token_does_not_choose_a_slower_path(hf_policy, monkeypatch, tokens, rows):
+    """SmolLM2-135M in bfloat16 gives improbable tokens other log-probabilities by each path, up to 9 apart."""
+    policy = hf_policy("llama")
+    for parameter in policy.trunk.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    own = torch.full((8,), -24.0)
+    by_path = own.clone()
+    by_path[:tokens] -= 8
+
+    def by_learner(policy):
+        return (by_path if policy.paths.rows == "packed" else own), own
+
+    monkeypatch.setattr(agreement, "fastest_of_cut", lambda policy: Paths())
+    monkeypatch.setattr(agreement, "by_learner", by_learner)
+    check_agreement(policy)
+    assert policy.paths.rows == rows
+
+
 FULL = {"layer_types": ["full_attention", "full_attention"]}
 
 

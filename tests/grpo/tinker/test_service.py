@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -526,7 +528,116 @@ def test_weights_that_are_deleted_while_they_are_read_are_the_callers_mistake(se
         return tensors_of(*of)
 
     monkeypatch.setattr(of_sampler, "tensors_of", delete_first)
-    assert error(sample(service, sampler)) == f"path '{path}': its weights were deleted while they were read"
+    assert error(sample(service, sampler)) == "weights 'one' were deleted or replaced while they were read; ask again"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_that_others_replace_while_they_are_read_are_nobodys_samples(service, monkeypatch, when):
+    """The path names other weights then, and a sampler is of those that it was made of."""
+    client = Client(service)
+    path = answer(client.ask("save_weights", path="one"))["path"]
+    sampler, hold = service.add_sampler(client.session, 100, path), service.sampler.hold_weights
+    samples(sample(service, sampler))
+    result(client.learn()[1])
+    service.sampler.of = ""
+
+    def replace_meanwhile(name, folder):
+        if when == "after":
+            hold(name, folder)
+        service.delete_checkpoint(service.model(client.model), "weights/one")
+        answer(client.ask("save_weights", path="one"))
+        if when == "before":
+            hold(name, folder)
+
+    monkeypatch.setattr(service.sampler, "hold_weights", replace_meanwhile)
+    assert "were deleted or replaced while they were read" in error(sample(service, sampler, number=2))
+    monkeypatch.undo()
+    assert "no longer those of this sampler" in error(sample(service, sampler, number=3))
+    answer(client.ask("load_weights", path=path, optimizer=True))
+
+
+def test_a_state_that_is_replaced_while_it_is_read_is_not_loaded(service, monkeypatch):
+    """Its files would be of two saves."""
+    client = Client(service)
+    path, tensors_of = answer(client.ask("save_weights", path="one"))["path"], of_service.tensors_of
+
+    def replace_meanwhile(folder):
+        tensors = tensors_of(folder)
+        service._write(service.model(client.model), folder, 99)
+        return tensors
+
+    monkeypatch.setattr(of_service, "tensors_of", replace_meanwhile)
+    assert "deleted or replaced while" in error(client.ask("load_weights", path=path, optimizer=True))
+
+
+def test_readers_of_weights_that_are_deleted_meanwhile_are_told_so(service, monkeypatch):
+    """A server that is asked for weights that have just gone has no fault."""
+    client = Client(service)
+    paths = [answer(client.ask("save_weights", path=name))["path"] for name in ("one", "two")]
+    model, folder_of = service.model(client.model), service.folder_of
+
+    def delete_after(path):
+        folder = folder_of(path)
+        shutil.rmtree(folder)
+        return folder
+
+    monkeypatch.setattr(service, "folder_of", delete_after)
+    with pytest.raises(Refused, match="were deleted or replaced while"):
+        service.spec_of(paths[0])
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(of_service.time, "gmtime", lambda at: shutil.rmtree(model.folder / "weights" / "two") or 0)
+        patch.setattr(of_service.time, "strftime", lambda *_: (model.folder / "weights" / "two").stat())
+        assert service.checkpoints(model) == []
+
+
+def test_deletions_at_once_are_one_and_refusals(service, monkeypatch):
+    client = Client(service)
+    answer(client.ask("save_weights", path="one"))
+    model, told, remove = service.model(client.model), [], of_service._remove
+    monkeypatch.setattr(of_service, "_remove", lambda folder: time.sleep(0.05) or remove(folder))
+
+    def delete():
+        try:
+            told.append(service.delete_checkpoint(model, "weights/one"))
+        except Exception as refused:
+            told.append(str(refused))
+
+    threads = [threading.Thread(target=delete) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told.count(None) == 1
+    assert sum("no weights are saved here" in words for words in told if words) == 7
+
+
+@pytest.mark.parametrize("after", [":/../../../evil", ":x", ":train:0", ":", ":\0", ":" + "a" * 300])
+def test_what_only_begins_with_a_session_is_none(service, tmp_path, after):
+    """The session is part of the folder's name of a model or sampler."""
+    session = service.create_session({}) + after
+    with pytest.raises(Unknown):
+        service.add_sampler(session, 0, None)
+    with pytest.raises(Unknown):
+        service.ask(f"{session}:train:0", 0, "create_model", b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert not list((tmp_path / "state/models").iterdir())
+    assert not list((tmp_path / "state/samplers").iterdir())
+
+
+def test_sessions_without_models_and_samplers_make_room(service, tmp_path, monkeypatch):
+    monkeypatch.setattr(of_service, "MOST_SESSIONS", 3)
+    client = Client(service, owner="a")
+    sessions = [service.create_session({"owner": "a"}) for _ in range(2)]
+    other = service.create_session({"owner": "b"})
+    sessions.append(service.create_session({"owner": "a"}))
+    assert set(service.sessions) == {client.session, other, *sessions[1:]}
+    assert {path.stem for path in (tmp_path / "state/sessions").iterdir()} == set(service.sessions)
+    for session in sessions[1:]:
+        service.add_sampler(session, 0, None)
+    with pytest.raises(Refused, match="there are 3 sessions with models or samplers; go on in one of them"):
+        service.create_session({"owner": "a"})
+    service.create_session({"owner": "b"})
 
 
 def test_a_number_of_a_sampler_is_of_one_path(service):

@@ -56,6 +56,25 @@ def test_the_overview_has_every_metric_with_its_meaning_and_intervals(run):
     assert [row["step"] for row in run.overview(after=3)["rows"]] == [3, 4]
 
 
+def test_two_pages_that_ask_for_two_steps_at_once_get_their_own(run):
+    """The server answers in threads, and the last step is kept for both."""
+    expected = RunFiles(CASE).step(2)
+    assert run.step(2) == expected
+
+    class Between(tuple):
+        """The step that is kept, until somebody has looked at it."""
+
+        def __getitem__(self, part):
+            found = super().__getitem__(part)
+            if isinstance(part, slice):
+                run._step = None
+                run.step(3)
+            return found
+
+    run._step = Between(run._step)
+    assert run.step(2) == expected
+
+
 def test_a_step_is_its_groups(run):
     lines, found = read_rollouts(CASE, 2), run.step(2)
     assert len(found["groups"]) == 4

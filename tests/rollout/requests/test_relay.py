@@ -94,6 +94,10 @@ def test_when_decoding_cannot_go_on_everybody_is_told_why(taught_policy):
     assert len(relay.give_up("out of memory")) == 3
     assert [each.error for each in news[-3:]] == ["out of memory"] * 3
     assert not relay.busy
+    assert len(relay.desk.requests) == 2
+    relay.add(Request(Prompt("p", "", [5, 6, 7]), LONG, news.append))
+    relay.round()
+    assert len(relay.desk.requests) == 1  # nobody decodes what was given up
 
 
 def test_another_call_begins_a_batch_of_its_own(taught_policy):

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from policies.presets import small_tokenizer
 from rollout.group import Completion, DraftStats, Prompt
+from rollout.request import Request
 from rollout.sampling import SamplingParams
 from rollout.vllm.completions import Row, draft_stats, seed_of
+from rollout.vllm.relay import VLLMRelay
 
 TOKENIZER = small_tokenizer(["two and three is five"])
 
@@ -34,6 +37,18 @@ def test_a_stop_token_ends_the_ids_and_not_the_text():
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, None])
 def test_a_logprob_that_is_no_number_aborts(bad):
     assert completion(row(logprobs=[-1.0, bad, -0.5])).finish_reason == "abort"
+
+
+def test_drafts_of_agents_requests_are_counted():
+    """Without them a run of agents would look as if no draft was ever made."""
+    pool = SimpleNamespace(
+        policy=SimpleNamespace(tokenizer=TOKENIZER, max_length=64), context=64, settings=SimpleNamespace(draft_tokens=2)
+    )
+    relay = VLLMRelay(pool, 7, SamplingParams(draft_tokens=2), 8)
+    relay.requests[0] = Request(Prompt("a", "", [9]), SamplingParams(draft_tokens=2), lambda _: None)
+    made = relay._completion(0, row(drafted=[2], accepted=[1]) | {"cached": 3})
+    assert made.draft == DraftStats(1, [1, 1], [1, 0], depths=[0, 1, 0])
+    assert (made.cached, made.policy_version) == (3, 7)
 
 
 def test_two_turns_are_one_completion():

@@ -96,6 +96,16 @@ def test_n_and_several_prompts_are_choices_in_order(running, engine):
     assert answer["usage"]["completion_tokens"] == sum(len(c["token_ids"]) for c in answer["choices"])
 
 
+def test_the_same_prompt_as_a_text_and_as_ids_has_two_samples(running, engine):
+    """They are tokens of one prompt: with the same noise the second answer would be the first one again."""
+    text = "1 + 1 = "
+    prompts = [text, engine.policy.tokenizer.encode(text)]
+    answer = running.complete(prompts, seed=4)
+    expected = [alone(engine, text, 4, sample).text for sample in range(2)]
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    assert expected[0] != expected[1]
+
+
 def test_an_answer_names_its_policy_and_without_a_seed_the_one_that_was_drawn(running):
     first, second = (running.complete("7 + 5 = ", seed=None, max_tokens=30) for _ in range(2))
     assert first["seed"] != second["seed"]
@@ -215,6 +225,8 @@ def test_a_wrong_message_is_named(running):
         ({"role": "robot", "content": "a"}, "one of system, developer"),
         ({"role": "user"}, "content is missing"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "parts of type text alone"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "a part of type text has a `text`"),
+        ({"role": "user", "content": [{"type": "text"}]}, "a part of type text has a `text`"),
         ({"role": "assistant", "tool_calls": [{"function": 3}]}, "a call of a tool is"),
     ):
         status, answer, _ = running.ask("/v1/chat/completions", {"model": "micro", "messages": [message]})
