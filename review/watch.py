@@ -24,7 +24,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,7 +104,7 @@ class Watcher:
         trainer.add_callback(_callback(self))
 
     def _wrapped(self, call: Callable[..., Any], take: Callable[..., None]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **named: Any) -> Any:
+        def wrapper(*arguments: object, **named: object) -> Any:
             result = call(*arguments, **named)
             if self.trainer.model.training:
                 with self._guarded():
@@ -125,12 +125,17 @@ class Watcher:
                     self.event("watch_failed", error=f"{type(error).__name__}: {error}"[:500])
 
     def _take_rewards(
-        self, result: Any, inputs: Sequence[Mapping[str, Any]], prompts: Any, completions: Any, ids: Any
+        self,
+        result: Any,
+        inputs: Sequence[Mapping[str, Any]],
+        prompts: object,
+        completions: Iterable[Any],
+        ids: Iterable[Iterable[int]],
     ) -> None:
         self.rewards = [[None if math.isnan(mark) else mark for mark in row] for row in result.tolist()]
         self.inputs, self.completions, self.ids = list(inputs), list(completions), list(map(list, ids))
 
-    def _take_completions(self, result: Mapping[str, Any], *_: Any) -> None:
+    def _take_completions(self, result: Mapping[str, Any], *_: object) -> None:
         """The completions of this process, and then those of all."""
         mine: list[dict[str, Any]] = []
         with self._guarded():
@@ -194,7 +199,14 @@ class Watcher:
         return lines
 
     def _take_logprobs(
-        self, result: Sequence[Any], _: Any, input_ids: Any, attention_mask: Any, kept: int, *rest: Any, **named: Any
+        self,
+        result: Sequence[Any],
+        _: object,
+        input_ids: Any,
+        attention_mask: Any,
+        kept: int,
+        *rest: object,
+        **named: object,
     ) -> None:
         """Of the model that learns, where it is asked for a gradient, for the last `kept` tokens of each row."""
         logprobs = result[0]
@@ -208,7 +220,7 @@ class Watcher:
 
     # ---- what is written ---------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin_run(self) -> None:
         if not self.writes:
             return
         (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
@@ -299,7 +311,7 @@ class Watcher:
         finite = {name: float(value) for name, value in metrics.items() if value is not None and is_metric(value)}
         self._append("metrics.jsonl", {"step": step, **finite})
 
-    def event(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, **fields: object) -> None:
         if self.writes:
             self._append("events.jsonl", {"time": _now(), "event": event, **fields})
 
@@ -346,19 +358,19 @@ def _callback(watcher: Watcher) -> Any:
     class Watching(TrainerCallback):
         """Tells the watcher where the trainer is."""
 
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
+        def on_train_begin(self, *_: object, **__: object) -> None:
             with watcher._guarded():
-                watcher.begin()
+                watcher.begin_run()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, *_: object, **__: object) -> None:
             with watcher._guarded():
                 watcher.end_step()
 
-        def on_log(self, *_: Any, logs: Mapping[str, Any], **__: Any) -> None:
+        def on_log(self, *_: object, logs: Mapping[str, Any], **__: object) -> None:
             with watcher._guarded():
                 watcher.log(logs)
 
-        def on_train_end(self, *_: Any, **__: Any) -> None:
+        def on_train_end(self, *_: object, **__: object) -> None:
             with watcher._guarded():
                 watcher.end()
 
@@ -378,7 +390,7 @@ def _gold(row: Mapping[str, Any]) -> str | None:
     return next((str(row[name]) for name in ANSWERS if isinstance(row.get(name), str | int | float)), None)
 
 
-def _episode(said: Any, tool_mask: Sequence[int]) -> dict[str, Any]:
+def _episode(said: object, tool_mask: Sequence[int]) -> dict[str, Any]:
     """Turns of an episode with tools, and which of its tokens the policy sampled."""
     messages = said if isinstance(said, list) else []
     turns = []
@@ -399,7 +411,7 @@ def _hardware(device: Any) -> dict[str, Any]:
     return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
 
 
-def _put(options: dict[str, Any], key: str, value: Any) -> None:
+def _put(options: dict[str, Any], key: str, value: object) -> None:
     *sections, last = key.split(".")
     for section in sections:
         options = options.setdefault(section, {})

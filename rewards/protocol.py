@@ -20,7 +20,6 @@ completion's reward must depend only on its own row, since batches are cut in an
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import functools
 import inspect
@@ -175,6 +174,8 @@ def per_completion(function: Reward) -> Reward:
 
         @functools.wraps(function)
         async def reward(prompts, completions, **rest):
+            import asyncio  # not above: see rewards/isolation/child.py
+
             extras: dict[str, list] = {}
             scores = [function(**row) for row in rows(prompts, completions, rest, extras)]
             result = list(await asyncio.gather(*scores))

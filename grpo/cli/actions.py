@@ -66,7 +66,7 @@ def _load_for_policy(args: argparse.Namespace, model: str) -> tuple[Any, bool]:
     return _load(args, brought | {"model": model}), bool(brought)
 
 
-def _begin() -> None:
+def _announce_loading() -> None:
     """Gives the first sign of life, before torch and transformers are loaded, which takes seconds."""
     if os.environ.get("RANK", "0") == "0":
         print("loading torch and transformers ...", flush=True)
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if config is None:
         return 0
     _settle_folder(args, config)
-    _begin()
+    _announce_loading()
     from grpo.cli.commands import summary
 
     if args.dry_run:
@@ -150,7 +150,7 @@ def rehearse(args: argparse.Namespace) -> int:
                 return _show_ways(args, "rehearse")
             migration = _read_for_others(args, Path(folder))
             config = _load(args, {"output_dir": "runs/rehearsed"} | migration.tree if migration else {})
-            _begin()
+            _announce_loading()
             from grpo.cli.commands.rehearse import rehearse
 
             result = rehearse(config, faults=args.faults, device_gib=args.device_gib)
@@ -193,7 +193,7 @@ def mtp(args: argparse.Namespace) -> int:
     if config is None:
         return 0
     _settle_folder(args, config)
-    _begin()
+    _announce_loading()
     from grpo.cli.commands import summary
 
     if args.dry_run:
@@ -210,7 +210,7 @@ def evaluate(args: argparse.Namespace) -> int:
     config, _ = _load_for_policy(args, args.policies[0])
     if config is None:
         return 0
-    _begin()
+    _announce_loading()
     from grpo.cli.commands import eval_report, summary
     from grpo.cli.commands.eval import ModelEvaluation, evaluate_model, refuse_full
 
@@ -230,7 +230,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def control(args: argparse.Namespace) -> None:
-    _begin()
+    _announce_loading()
     from grpo.cli.commands import control, summary
 
     result = control.control(args.run, summary.CONSOLE, args.validation)
@@ -242,7 +242,7 @@ def sample(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None:
         args.options_parser.error('there are no prompts: give --prompt "some text", --prompts FILE.jsonl, --prompts -')
     config, of_run = _load_for_policy(args, args.policy)
-    _begin()
+    _announce_loading()
     from grpo.cli.commands import summary
     from grpo.cli.commands.sample import prompts_of, sample
 
@@ -271,7 +271,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     config = _load(args)
-    _begin()
+    _announce_loading()
     from grpo.cli.commands import convert, summary
 
     conversion = convert.Converter(args.source, config, mtp=args.mtp).convert(args.destination, summary.CONSOLE)
@@ -283,7 +283,7 @@ def quantize(args: argparse.Namespace) -> None:
     config, _ = _load_for_policy(args, args.source)
     if config is None:
         return
-    _begin()
+    _announce_loading()
     from grpo.cli.commands import summary
     from grpo.cli.quantize.quantize import Quantizer, as_json, show
 
@@ -293,7 +293,7 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    _begin()
+    _announce_loading()
     from grpo.cli.commands import inspect, summary
 
     anatomy = inspect.inspect(args.model, args.context)
@@ -304,7 +304,7 @@ def inspect(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> int:
     if args.layers < 1:
         return fail(f"--layers={args.layers}: give 1 or more of each kind", EXIT_USAGE)
-    _begin()
+    _announce_loading()
     from grpo.cli.commands.check import check, report
     from rewards.commands.printer import publish
 
@@ -312,7 +312,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> None:
-    _begin()
+    _announce_loading()
     from grpo.cli.commands.export import ExportError, export, export_and_push
 
     if args.push_to_hub is not None:

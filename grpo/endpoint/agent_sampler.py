@@ -124,9 +124,9 @@ class _Sampling:
         self.params = replace(params, group_size=1)
         self.batcher = Batcher(engine, self.params, most_waiting=NO_LIMIT, wait_s=WAIT_S, cache_tokens=CACHE_TOKENS)
         self.kind = sampler.kind(engine)
-        self.begun = [self._begin(place) for place in range(len(prompts) * self.size)]
+        self.begun = [self._begin_episode(place) for place in range(len(prompts) * self.size)]
 
-    def _begin(self, place: int) -> tuple[Episode, dict[str, Any]]:
+    def _begin_episode(self, place: int) -> tuple[Episode, dict[str, Any]]:
         """Returns an episode, and what its agent is called with."""
         number, sample = divmod(place, self.size)
         prompt, endpoint = self.prompts[number], self.sampler.endpoint
@@ -143,7 +143,7 @@ class _Sampling:
         replies = agents.run([request for _, request in self.begun], on_reply=self._end)
         for place, reply in enumerate(replies):
             if reply is not None and reply.get("kind") == "died":  # perhaps by somebody's hand: the same once more
-                self.begun[place] = self._begin(place)
+                self.begun[place] = self._begin_episode(place)
                 [replies[place]] = agents.run([self.begun[place][1]])
         episodes = [episode for episode, _ in self.begun]
         completions = [episode.finish(reply or {}) for episode, reply in zip(episodes, replies, strict=True)]

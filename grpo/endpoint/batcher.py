@@ -133,7 +133,7 @@ class Batcher:
     def _run(self) -> None:
         why = "the server has ended"
         try:
-            while self._take():
+            while self._take_requests():
                 self._rounds()
         except BaseException as error:  # such as lack of memory for another batch: nobody shall wait in vain
             self.error, why = error, f"decoding has ended: {type(error).__name__}: {error}"
@@ -156,7 +156,7 @@ class Batcher:
                 self._batches = [fresh if other is batch else other for other in self._batches]
         self._batches = [b for b in self._batches[:-1] if b.busy] + self._batches[-1:]
 
-    def _take(self) -> bool:
+    def _take_requests(self) -> bool:
         """Waits for something to do, and takes over what others have left here. False at the end."""
         with self._changed:
             self._changed.wait_for(

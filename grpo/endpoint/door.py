@@ -43,7 +43,7 @@ class Door:
         """Returns a route whose requests are refused or answered: a dict is JSON. `media` is of a body that is sent."""
 
         async def respond(request: Request) -> Response:
-            request.state.key = self.admit(request.headers)
+            request.state.key = self.admit_request(request.headers)
             sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if method == "POST" and sent != media:
                 raise ApiError(f"send the request as Content-Type: {media}", 415)
@@ -55,7 +55,7 @@ class Door:
 
         return Route(path, respond, methods=[method])
 
-    def admit(self, headers: Headers) -> str:
+    def admit_request(self, headers: Headers) -> str:
         """Returns the key that a request shows, or nothing if it needs none. Raises ApiError for strangers."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if origin is not None and not is_loopback(host_of(origin)) and host_of(origin) != host_of(host):

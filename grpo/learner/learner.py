@@ -161,7 +161,7 @@ class Learner:
         """
         started = time.perf_counter()
         known = self.work_of(batch, loss)
-        work = known or self._begin(batch, loss)
+        work = known or self._begin_work(batch, loss)
         metrics = dict(batch.metrics)
         if age := batch.age(work.version):
             metrics["mismatch/age_mean"] = age
@@ -306,7 +306,7 @@ class Learner:
         is_name = isinstance(options, LossOptions) and loss == options.loss_type
         return None if is_name or loss == options else loss
 
-    def _begin(self, batch: TrainingBatch, loss: Loss | None) -> Work:
+    def _begin_work(self, batch: TrainingBatch, loss: Loss | None) -> Work:
         """The first work on this batch for this loss. Raises ValueError for a loss that cannot be."""
         first, loss = self.terms[0], self._unless_configured(loss)
         if loss is not None:

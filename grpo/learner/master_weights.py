@@ -38,7 +38,7 @@ class MasterWeights:
         """Add the gradients of a loss to those of the masters, in fp32. Each leaves its parameter as soon as it is
         there, so the rounded ones are never in memory beside the sums (FSDP brings the shards at the end)."""
         plain = [parameter for parameter, _ in self.pairs if not isinstance(parameter, DTensor)]
-        hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in plain]
+        hooks = [parameter.register_post_accumulate_grad_hook(self._take_gradient) for parameter in plain]
         try:
             loss.backward()
         finally:
@@ -46,12 +46,12 @@ class MasterWeights:
                 hook.remove()
         for parameter, _ in self.pairs:
             if parameter.grad is not None:
-                self._take(parameter)
+                self._take_gradient(parameter)
         for parameter in self.rounded:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.float()
 
-    def _take(self, parameter: Tensor) -> None:
+    def _take_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         master = self._of[id(parameter)]
         master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)

@@ -170,7 +170,7 @@ class Run(Generic[Config]):
     def steps(self) -> Iterator[Step]:
         """The steps that are left, one after the other. Between two of them the run ends if a signal has asked for it.
         A step may become the `last` one before its time. One that an earlier loop has left is ended first."""
-        self.settle()
+        self.settle_step()
         while self.step < self.last:
             step = self.in_progress = Step(self.step + 1)
             self.metrics = step.metrics
@@ -341,7 +341,7 @@ class Run(Generic[Config]):
         if error is None and self.in_progress is None:  # the loop has ended by itself, with all that it wanted to save
             return
         of_all = self.ranks.size == 1 or error is None or getattr(error, "everywhere", False)
-        self.settle(with_others=of_all or isinstance(error, Stopped))
+        self.settle_step(with_others=of_all or isinstance(error, Stopped))
         if error is None:
             self.save()
             return
@@ -358,10 +358,10 @@ class Run(Generic[Config]):
     def leave(self) -> None:
         """End a step that its loop has left, and save the last whole one."""
         if self.in_progress is not None:
-            self.settle()
+            self.settle_step()
             self.save()
 
-    def settle(self, *, with_others: bool = True) -> None:
+    def settle_step(self, *, with_others: bool = True) -> None:
         """End the step in progress. It is undone where nothing was learned and nothing recorded yet; else it is whole,
         and has its line. `with_others`: every rank does the same, so that they can do together what is done once a
         step."""

@@ -359,7 +359,7 @@ class Service:
                 raise Unknown(f"request {number} of model {model_id}: its result is no longer kept")
             is_missing = model is not None and bool(model.waiting) and number == model.next
             if not is_missing:  # others wait for this one: without it they would wait for ever
-                self._admit(model_id, len(body))
+                self._check_waiting(model_id, len(body))
             if model is None:
                 folder = self.folder / "models" / _folder_name(model_id)
                 model = self.models[model_id] = Model(folder, model_id)
@@ -372,13 +372,13 @@ class Service:
             if (known := self.jobs.get(f"{id_}:{number}")) is not None:
                 known.refuse_another("sample", body)
                 return known
-            self._admit(id_, len(body))
+            self._check_waiting(id_, len(body))
             return self._enter(Job(sampling, number, "sample", len(body), zlib.crc32(body)), body)
 
     def job(self, request_id: str) -> Job:
         return _found(self.jobs, request_id)
 
-    def _admit(self, id_: str, size: int) -> None:
+    def _check_waiting(self, id_: str, size: int) -> None:
         """Raises ApiError if more would wait than may: of one model or sampler, of its owner, and bytes. What one owner
         leaves waiting keeps no other from asking."""
         owner = self.owner(id_)
@@ -404,7 +404,7 @@ class Service:
         """Let a request wait for its turn. Its `body` is written before, unless a service before has done that."""
         with self._mutex:  # also while a service is made: a condition without its lock cannot notify
             if body is not None:
-                _keep(job.path, body)
+                _write_checked(job.path, body)
             self.jobs[job.request_id] = self._waiting[job.request_id] = job
             if isinstance(job.owner, SamplingSession):
                 self._samples.append(job)
@@ -497,7 +497,7 @@ class Service:
             form, content = _fault("the server has a fault", error)
         if not job.again:
             try:
-                _keep(job.owner.files.results / f"{job.number:08d}.{form}", content)
+                _write_checked(job.owner.files.results / f"{job.number:08d}.{form}", content)
             except Exception as error:  # such as a full disk
                 job.result = _fault("the request was handled, but its result could not be kept", error)
         with self._mutex:
@@ -564,7 +564,7 @@ class Service:
             raise Refused(f"lora_config.rank={lora['rank']}: use 1 to {most}, or 0 to train all weights")
         if not 0 <= lora["seed"] < 1 << 63:
             raise Refused(f"lora_config.seed={lora['seed']}: use 0 to {(1 << 63) - 1}")
-        self._begin(model, Spec(**lora))
+        self._begin_training(model, Spec(**lora))
         return {"model_id": model.id}
 
     def _check_new(self, request: Mapping[str, Any]) -> None:
@@ -574,7 +574,7 @@ class Service:
         if (family := request.get("optimizer_config", {}).get("type", "adamw")) != "adamw":
             raise Refused(f"optimizer_config.type={family!r:.40}: this server has adamw")
 
-    def _begin(self, model: Model, spec: Spec) -> None:
+    def _begin_training(self, model: Model, spec: Spec) -> None:
         self._make_room(model)
         model.learner, model.spec = learner_of(self.base, spec), spec
         write_file(model.folder / "spec.json", json.dumps(asdict(spec)))
@@ -587,7 +587,7 @@ class Service:
         if request["optimizer"] and "optimizer" not in tensors:
             raise Refused(f"path {request['path']!r}: weights for sampling have no state of an optimizer; load a state")
         if job.number == 0:
-            self._begin(model, spec)
+            self._begin_training(model, spec)
         load_state(self._learner(model), tensors, optimizer=request["optimizer"])
         return {"path": request["path"]}
 
@@ -669,9 +669,9 @@ class Service:
             return
         is_due = job.kind == "optim_step" and time.monotonic() - model.kept_at > KEEP_STATE_S
         if is_due or job.kind == "load_weights":
-            self._keep(model)
+            self._keep_learner(model)
 
-    def _keep(self, model: Model) -> None:
+    def _keep_learner(self, model: Model) -> None:
         """Keep what is trained, as it is after the last request. Nothing is kept of a model that a damaged request has
         ended: the next service would go on without that request."""
         if model.damage:
@@ -692,7 +692,7 @@ class Service:
         if not idle:
             raise Refused(f"gradients wait in {len(loaded)} models, and no more may be in memory; send optim_step")
         oldest = min(idle, key=lambda other: other.used_at)
-        self._keep(oldest)
+        self._keep_learner(oldest)
         oldest.learner = None
 
     def _restore(self, model: Model) -> None:
@@ -742,7 +742,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(removed)
 
 
-def _keep(path: Path, content: bytes) -> None:
+def _write_checked(path: Path, content: bytes) -> None:
     """Write a request or result with its checksum. The name of the file tells that it has one."""
     write_file(path.with_name(f"{path.name}.crc"), b"%08x\n" % zlib.crc32(content) + content)
 

@@ -88,7 +88,7 @@ def as_verl(function: str, **options: Any) -> Callable[..., float]:
 
 
 def _compute_score(
-    reward: Isolated, data_source: Any, solution_str: str, ground_truth: Any, extra_info: Any = None, **_: Any
+    reward: Isolated, data_source: Any, solution_str: str, ground_truth: Any, extra_info: Any = None, **_: object
 ) -> float:
     extra = dict(extra_info or {})
     columns = extra | {"data_source": data_source, "ground_truth": ground_truth, "answer": ground_truth}

@@ -20,7 +20,7 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None = None,
-    **options: Any,
+    **options: object,
 ) -> str:
     """The text of `tokenizer.apply_chat_template(messages, tools, tokenize=False, **options)`, which is the function of
     transformers. Raises ValueError with what the template raises, or with the limit that it exceeds. A run's

@@ -7,7 +7,6 @@ limit is ended by faulthandler's watchdog, which needs no GIL and first writes d
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import faulthandler
 import inspect
@@ -18,7 +17,6 @@ import socket
 import threading
 import traceback
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -173,6 +171,9 @@ def _value_of(result: object) -> object:
     """The result of a function, sync or async. Where an event loop runs, as in a notebook, another thread waits."""
     if not inspect.isawaitable(result):
         return result
+    import asyncio  # takes a third of the start of a process, and few functions are async
+    from concurrent.futures import ThreadPoolExecutor
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -267,7 +267,7 @@ def _seccomp_filter() -> bytes:
         return file.read()
 
 
-def _rule(rules: Any, action: int, name: str, *arguments: Any) -> None:
+def _rule(rules: Any, action: int, name: str, *arguments: object) -> None:
     """A call that this libseccomp or this architecture does not know has no number to refuse, and cannot be made."""
     try:
         rules.add_rule(action, name, *arguments)

@@ -110,9 +110,9 @@ class Batch:
         """Admit waiting prompts if at least a quarter of the rows is free."""
         group, most = self.params.group_size, self.decoder.max_rows
         while self.waiting and (not self.counts.held or most - self.counts.held >= max(group, most // 4)):
-            self.admit(max(1, (most - self.counts.held) // group))
+            self.admit_prompts(max(1, (most - self.counts.held) // group))
 
-    def admit(self, places: int) -> None:
+    def admit_prompts(self, places: int) -> None:
         """Prefill up to `places` prompts and add their rows after the live ones."""
         parts = []
         if self.counts.held and self.rows is not None:

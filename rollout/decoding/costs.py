@@ -90,7 +90,7 @@ def _rounds(decoder: Decoder, work: Workload, rows: int, ways: list[Way]) -> dic
     A compiled round is timed after another one of its own kind, as in a run. After another kind the processor's caches
     are cold, and it takes up to twice as long.
     """
-    decodings = {way: _begin(decoder, work, rows, way) for way in ways}
+    decodings = {way: _begin_decoding(decoder, work, rows, way) for way in ways}
     turns = []
     for _ in range(REPEATS):
         times = {}
@@ -123,7 +123,7 @@ def _reading(decoder: Decoder) -> float:
     return median(times) / ids.numel()
 
 
-def _begin(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
+def _begin_decoding(decoder: Decoder, work: Workload, rows: int, way: Way) -> Decoding:
     """A batch after its first round, in which the draft head reads the prompt, with half of the tokens that a
     completion may have: attention to them is what many drafts cost. A recorded graph attends to all places from the
     start. Rows with logits that are not finite go on: sampling reports them, with their prompt."""

@@ -106,13 +106,13 @@ class Episodes:
         for episode, reply in zip(self.episodes, replies, strict=True):
             by_prompt.setdefault(episode.number, []).append(reply)
         first = {episode.number: episode for episode in reversed(self.episodes)}
-        return [wrong.get(i) or self._begun(first[i], by_prompt[i]) for i in range(len(prompts))]
+        return [wrong.get(i) or self._prompt_as_seen(first[i], by_prompt[i]) for i in range(len(prompts))]
 
     def keep_prompts(self, sampled: Sequence[bool]) -> None:
-        """Keeps those of the prompts that are sampled, by their places in `begin`."""
+        """Keeps those of the prompts that are sampled, by their places in `begin_episodes`."""
         self.episodes = [episode for episode in self.episodes if sampled[episode.number]]
 
-    def _begun(self, episode: Episode, replies: Sequence[Mapping[str, Any]]) -> Prompt | str:
+    def _prompt_as_seen(self, episode: Episode, replies: Sequence[Mapping[str, Any]]) -> Prompt | str:
         failed = next((reply for reply in replies if "kind" in reply), None)
         if failed is not None:
             why = f"its environment cannot begin: {failed['kind']}: {failed['message']}"

@@ -92,7 +92,7 @@ def _client(url: str) -> Any:
 def _method(tool: Any) -> Callable[..., str]:
     """A method with the schema of the tool: hints and a signature have no union of types, and no name with a hyphen."""
 
-    def call(self: OpenEnv, /, **arguments: Any) -> str:
+    def call(self: OpenEnv, /, **arguments: object) -> str:
         return self._call(tool.name, arguments)
 
     schema = _schema(tool)

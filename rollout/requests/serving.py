@@ -142,7 +142,7 @@ class RequestBatch(Batch):
         self.room = max(limits) + self.drafts.max_depth + 1
         if self.drafts.head:
             self.drafts.head.room, self.drafts.head.longest = self.room, self.longest
-        self.admit(len(places))
+        self.admit_prompts(len(places))
 
     def tokens_to_read(self, number: int) -> int:
         cached = self.settings.requests[number].cached

@@ -118,7 +118,7 @@ class RayPool(Pool):
             empty_cache()
         started = time.monotonic()
         self._stream(self.sender.messages(weights, version), self.workers.there() or self.workers.wait_for(1))
-        self._settle()
+        self._settle_workers()
         self.faults.unreported["time/sync_transfer"] += time.monotonic() - started
         self.synced = version
 
@@ -191,7 +191,7 @@ class RayPool(Pool):
             those.discard(call.worker)
         self.workers.replace(call, lost, work)
 
-    def _settle(self) -> None:
+    def _settle_workers(self) -> None:
         """Every worker that is there has the weights and has passed the canaries."""
         for _ in self._done({}, 0.0, "", everyone=True):
             pass
@@ -318,7 +318,7 @@ class RayPool(Pool):
         version, self.sync_check, groups = self._version(), None, dict[int, list[RolloutGroup]]()
         late = f"its canaries took longer than {self.sync_timeout_s:g} s"
         while not groups:
-            self._settle()
+            self._settle_workers()
             arguments, limit_s = (list(prompts), params, version, self.costs), self.sync_timeout_s
             calls = {self.workers.call(i, "sample", *arguments): Call(i, 0, limit_s, late) for i in self.confirmed}
             while calls:

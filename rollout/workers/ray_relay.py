@@ -32,7 +32,7 @@ class RayRelay(Relay):
     def exchange(self) -> Mapping[int, Completion]:
         pool, ended = self.pool, dict[int, Completion]()
         if not pool._all_in():  # a worker is new
-            pool._settle()
+            pool._settle_workers()
         self._forget_lost()
         self._ask(sorted(pool.ready))
         for call, answer, lost in pool.workers.ended(self.calls, WAIT_S) if self.calls else ():

@@ -6,6 +6,7 @@ import math
 import pickle
 import threading
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -437,14 +438,15 @@ def huge(tmp_path, value: str, **options) -> RewardSpec:
 @pytest.mark.parametrize(("value", "weight"), [("1e308", 10.0), ("-1e308", 1.0), ("1e200", 0.0), ("1e15", -2.0)])
 def test_a_score_that_would_overflow_is_a_failure_of_its_function_and_goes_by_the_policy(tmp_path, value, weight):
     specs = [RewardSpec("regex_format", arguments={"pattern": "x"}), huge(tmp_path, value, weight=weight)]
+    score_here = partial(score_one, specs, isolated=False)  # what a number is does not depend on its process
     with pytest.raises(
         RewardFailed, match=r"reward 'grade' failed on prompt 'a', sample 1: too_large: returned"
     ) as end:
         score_one(specs, ["x", "huge"])
     assert "reward.on_error" in str(end.value)
-    assert score_one(specs, ["x", "huge"], on_error="drop_sample").rewards == [1.0 + weight, None]
-    assert score_one(specs, ["x", "huge"], on_error="drop_group").dropped
-    replaced = score_one(specs, ["x", "huge"], on_error="score=-3")
+    assert score_here(["x", "huge"], on_error="drop_sample").rewards == [1.0 + weight, None]
+    assert score_here(["x", "huge"], on_error="drop_group").dropped
+    replaced = score_here(["x", "huge"], on_error="score=-3")
     assert replaced.rewards == [1.0 + weight, -3.0 * weight]
     assert [(error.function, error.sample_index, error.kind) for error in replaced.errors] == [
         ("grade", 1, "too_large")

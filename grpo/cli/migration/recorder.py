@@ -94,7 +94,7 @@ def note_values(config: Any) -> None:
     names = [field.name for field in dataclasses.fields(config)]
 
     @functools.wraps(make)  # scripts look at its signature
-    def __init__(self: Any, *values: Any, **options: Any) -> None:
+    def __init__(self: Any, *values: object, **options: object) -> None:
         self.of_other_versions = {name: options.pop(name) for name in list(options) if name not in names}
         make(self, *values, **options)
 
@@ -134,7 +134,7 @@ def trainer_class(real: type[GRPOTrainer]) -> type:
         train. No `finally` and no thread of the script goes on."""
 
         @functools.wraps(real.__init__)  # type: ignore[misc]
-        def __init__(self, *values: Any, **arguments: Any) -> None:
+        def __init__(self, *values: object, **arguments: object) -> None:
             names = list(inspect.signature(real.__init__).parameters)[1:]
             facts.update(facts_of(dict(zip(names, values, strict=False)) | arguments, Path(FOLDER)))
             if type(self) is not GRPOTrainer:

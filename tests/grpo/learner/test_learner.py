@@ -163,7 +163,7 @@ def test_contract_10_every_mtp_depth_is_that_of_padded_rows(micro_policy, temper
                         draft = (policy.trunk.lm_head(output) / temperature).log_softmax(-1)
                         expected_loss += weights[d - 1] / sum(weights) * (teacher.exp() * (teacher - draft)).sum()
                 start += len(sample.token_ids)
-        loss = term_of(learner, "draft_head").scalar(mini, out, learner._begin(batch, None))
+        loss = term_of(learner, "draft_head").scalar(mini, out, learner._begin_work(batch, None))
     torch.testing.assert_close(loss, 2.0 * expected_loss / tokens, rtol=1e-4, atol=1e-6)
 
 

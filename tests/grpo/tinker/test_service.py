@@ -876,7 +876,7 @@ def test_a_model_whose_load_cannot_be_done_again_computes_nothing_after_it(base,
     path = answer(other.ask("save_weights", path="one"))["path"]
     client.learn()
     with monkeypatch.context() as full:
-        full.setattr(of_service.Service, "_keep", lambda *_: 1 / 0)
+        full.setattr(of_service.Service, "_keep_learner", lambda *_: 1 / 0)
         answer(client.ask("load_weights", path=path, optimizer=True))
         service.close()
     service.delete_checkpoint(service.model(other.model), "weights/one")

@@ -124,7 +124,7 @@ class Pool:
         self.faults = SimpleNamespace(done=lambda work: None)
         self.workers = SimpleNamespace(actors=["zero", "one"], call=self.call, ended=self.ended)
         self.asked, self.answers, self.replaced = [], {}, []
-        self._all_in, self._settle = (lambda: True), (lambda: None)
+        self._all_in, self._settle_workers = (lambda: True), (lambda: None)
 
     def call(self, i, method, answering, new, gone):
         self.asked.append((self.workers.actors[i], sorted(new), gone))

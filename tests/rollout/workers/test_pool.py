@@ -75,7 +75,7 @@ def pool(shared, policies) -> RayPool:
     """The shared pool, both of whose workers hold version 0 again."""
     shared.sync_weights(policies[0].weights(), 0)
     shared.workers.wait_for(2)
-    shared._settle()
+    shared._settle_workers()
     return shared
 
 
@@ -97,7 +97,7 @@ def again(pool: RayPool) -> None:
     """Sample, find out who is lost, and let the successor in."""
     pool.sample(PROMPTS, PARAMS)
     pool.workers.wait_for(2)
-    pool._settle()
+    pool._settle_workers()
 
 
 @contextmanager
@@ -247,7 +247,7 @@ def test_contract_5_with_adapters_workers_get_a_and_b_alone_and_a_new_one_everyt
         assert pool.sample(PROMPTS, PARAMS) == local.sample(PROMPTS, PARAMS)
         if version == 3:  # its successor has started, and gets the weights from the other worker
             pool.workers.wait_for(2)
-            pool._settle()
+            pool._settle_workers()
         sent.append(pool.metrics()["sync/bytes"])
     assert sent[1] == sent[2] < 0.2 * sent[0]
     assert sent[3] == sent[0] + sent[1]
@@ -349,7 +349,7 @@ def test_contract_4_a_worker_that_dies_while_it_samples_is_replaced(pool, polici
         ray.get(died)
     with learning(policies[0]):  # what its successor lacks it can get from the other worker alone
         pool.workers.wait_for(2)
-        pool._settle()
+        pool._settle_workers()
     assert pool.confirmed == {0, 1}
     pool.sync_weights(policies[0].weights(), 0)  # and one that dies between two steps
     assert pool.sample(PROMPTS, PARAMS) == expected(0)

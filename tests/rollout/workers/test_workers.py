@@ -143,7 +143,7 @@ def test_a_machine_that_leaves_is_one_loss_and_one_that_comes_is_used(random_pol
     pool.sync_weights(policy.synced_weights(), 1)  # it goes on with one
     third = nodes.add_node(num_cpus=2)
     pool.workers.wait_for(3)
-    pool._settle()
+    pool._settle_workers()
     assert pool.confirmed == {0, 1, 2}
     assert sorted(ready.values()) == sorted([first.node_id[:8], *[third.node_id[:8]] * 2])
     for group, other in zip(pool.sample(PROMPTS, PARAMS), expected, strict=True):
