@@ -66,7 +66,9 @@ _AS_IT_IS = re.compile(rf"{_NUMBER}(?:{_UNIT})?|(?!.*\d\s+\d)[\d.\s+\-*/^()]+")
 _DELIMITERS = ("$", r"\(", r"\[", r"\boxed")
 
 LONGEST = 300  # characters of an answer that is an expression without delimiters
-_ANSWER_LINE = re.compile(r".{0,100}?\banswer(?:\s+is)?\s*:?\s*(\S.*)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(
+    r".{0,100}?\b(?:answer(?:\s+is)?|correct\s+(?:option|choice)\s+is)\s*:?\s*(\S.*)", re.IGNORECASE
+)
 _COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox|textnormal|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\{[a-z]{2}\}")
 _FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|log|ln|exp|sqrt|pi)(?![a-z])"
 _WORD = re.compile(rf"(?<![\dA-Za-z}}])(?!{_FUNCTION})[A-Za-z]{{2,}}")

@@ -19,6 +19,7 @@ r"""GSM8K correctness: the final number of a completion is compared with the gol
 | `#### 1{,}234`, `#### 1\,234` | 1234   | 1234     | LaTeX writes thousands so                                |
 | `#### 1 234`, `#### 1'234`    | none   | 234      | never 1, which is not the number written                 |
 | `#### 5 million`, `#### 5k`   | none   | 5        | nor 5                                                    |
+| `#### 42 or 43`, `#### 42 to 43` | none | 43   | two guesses are none                                     |
 | `#### 7½`, `#### 7²`          | none   | 7        | nor 7                                                    |
 | `#### The answer is 42`       | none   | 42       | strict: the number follows the marker, on its line       |
 | `\boxed{42}`                  | none   | 42       | mode `boxed` gives 42                                    |
@@ -56,11 +57,13 @@ MARKED = re.compile(rf"####{_BLANKS}\*{{0,2}}" + _NUMBER)
 _LAST_MARK = re.compile(r"####(?!#)(?:(?!####)[^\r\n])*[0-9](?:(?!####)[^\r\n])*")  # with a digit on its line
 _LM_EVAL = re.compile(r"#### (-?[0-9.,]+)")
 _WELL_FORMED = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++")
+_WORD_NEXT = r"(?:\\?[^\S\r\n]|~)*+(?:\\(?:text|mathrm)\{[^\S\r\n~]*+)?"  # also in LaTeX: \text{ million}
 _CONTINUED = re.compile(
     rf"{_BLANKS}(?:[-—+*/⁄∕^=×xX÷·⋅:'’_]?{_BLANKS}\{{?\\?[$€£]?\d|[²³¹¼-¾⁰-₉⅐-⅞])"
     rf"|{_BLANKS}\^{_BLANKS}\{{?[-+]\d"
     r"|!(?!\w)|\*\*\d|[kKMB](?!\w)"
-    rf"|{_BLANKS}(?:hundred|thousand|million|billion|trillion)s?(?![a-z])"
+    rf"|{_WORD_NEXT}(?:hundred|thousand|million|billion|trillion)s?(?![a-z])"
+    rf"|{_WORD_NEXT}(?:or|and|to)(?![a-z])[\s}}]*+\\?[$€£]?\d"
     rf"|[^\S\r\n]++\*\*{_BLANKS}\d"
     rf"|{_BLANKS}\\(?:times|cdot|div|[dt]?frac|sqrt|pi)(?![a-zA-Z])|[eE][-+]?\d"
 )

@@ -18,7 +18,14 @@ _CHARACTERS |= dict.fromkeys((0x200B, 0x200E, 0xFEFF), "")  # of no width
 _CHARACTERS |= {ord("½"): " 1/2", ord("⅓"): " 1/3", ord("⅔"): " 2/3", ord("¼"): " 1/4", ord("¾"): " 3/4"}
 
 _REWRITES = [
-    (re.compile(r"\{,\}"), ","),  # 1{,}000
+    (re.compile(r"\\boxed\s+(?=\{)"), r"\\boxed"),
+    (re.compile(r"(?<=\d)\{,\}(?=\d{1,2}(?![\d{]))"), "."),  # 0{,}5, a decimal comma
+    (re.compile(r"\{([,:.])\}"), r"\1"),  # 1{,}000, 3{:}30, 1{.}5
+    (re.compile(r"(?<=\d)\.(?=\})"), ""),  # \boxed{5.}
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
+    (re.compile(r"\\(?:boldsymbol|bm)\{([^{}]*)\}"), r"\1"),
     (re.compile(r"≈"), r"\\approx "),
     (re.compile(r"(?:^|(?<=[a-z:] ))~(?=\d)", re.MULTILINE), r"\\approx "),  # about 18; in LaTeX a ~ is a blank
     (re.compile(r"(?<=\d) percent\b"), "%"),
@@ -47,7 +54,16 @@ _POWER_OF_TEN = (
 _SCIENTIFIC = re.compile(rf"(?<![\w.\\/^])(?P<digits>\d{{1,20}}(?:\.\d{{1,20}})?){_POWER_OF_TEN}")
 
 _MAGNITUDES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MAGNITUDE_IN_TEXT = re.compile(  # 42\text{ million}
+    rf"(?<=[\d}}])(?:\\[ ,]|[\s~])*\\(?:text|mathrm)\{{[\s~]*({'|'.join(_MAGNITUDES)})s?[\s~]*\}}"
+)
 _MAGNITUDE = re.compile(rf"(?<![\w.,])(?P<digits>[\d,]{{1,20}}(?:\.\d{{1,12}})?) (?P<word>{'|'.join(_MAGNITUDES)})\b")
+
+# 0.1\overline{6}, of which the grammar reads 0.1; and a fraction of a percent, of which it reads what is before it.
+_REPEATING = re.compile(r"(?<![\w.])(?P<whole>\d{1,20})\.(?P<first>\d{0,20})\\overline\s*\{(?P<period>\d{1,20})\}")
+_FRACTION = r"\\[dt]?frac\s*(?:\{(?P<over>\d{1,9})\}|(?P<over_digit>\d))"
+_FRACTION += r"\s*(?:\{(?P<under>\d{1,9})\}|(?P<under_digit>\d))"
+_FRACTION_OF_PERCENT = re.compile(rf"(?<![\w.)}}])(?:(?P<whole>\d{{1,9}})\s*)?{_FRACTION}\s*\\?%")
 
 _SYMBOLS: dict[str, str | int | None] = {
     "π": r"\pi ",
@@ -81,7 +97,10 @@ def readable(text: str) -> str:
         text = pattern.sub(replacement, text)
     if r"\begin" not in text:  # where \\ ends a row of a matrix
         text = _DOUBLED_BACKSLASH.sub(r"\\", text)
+    text = _REPEATING.sub(_as_fraction, text)
+    text = _FRACTION_OF_PERCENT.sub(_percent_in_full, text)
     text = _GROUPED.sub(_digits, text)
+    text = _MAGNITUDE_IN_TEXT.sub(r" \1", text)
     text = _MAGNITUDE.sub(_in_full, text)
     text = _PRIMED.sub(_with_subscript, text)
     text = _LAST_VARIABLE.sub(r"\1{\2}", text)
@@ -119,6 +138,21 @@ def _with_subscript(match: re.Match[str]) -> str:
 
 def _digits(match: re.Match[str]) -> str:
     return "".join(filter(str.isdigit, match[0]))
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    first, period = match["first"], match["period"]
+    unit = 10 ** len(first)
+    over = int(match["whole"] + first) * (10 ** len(period) - 1) + int(period)
+    return rf"\frac{{{over}}}{{{unit * (10 ** len(period) - 1)}}}"
+
+
+def _percent_in_full(match: re.Match[str]) -> str:
+    over, under = (int(match[name] or match[f"{name}_digit"]) for name in ("over", "under"))
+    if under == 0:
+        return match[0]
+    percent = int(match["whole"] or 0) + Decimal(over) / under
+    return rf"{percent:.12f}\%"
 
 
 def _in_full(match: re.Match[str]) -> str:

@@ -240,6 +240,22 @@ QUANTITIES = [  # a gold answer, completions that are equal to it, and others th
     ("18 m^2", ["18", "18 m^2", "18 m²", r"18\text{ m}^2", "18 square meters"], ["18 cm^2", "18 m", "18m^3"]),
     ("18", ["18 m^2", "≈18", "≈ 18", "~18", "The area is ≈18.", "x ≈ 18"], ["18m^2", "≈19", "~ 19"]),
     ("18m^2", ["18m^2"], ["18"]),
+    (
+        "42",
+        [r"\boxed {42}", r"\boxed{42.}", r"$\boldsymbol{42}$"],
+        [r"\boxed{42\text{ million}}", r"$42~\text{thousand}$"],
+    ),
+    ("42000000", [r"\boxed{42\text{ million}}", r"$42\ \text{million}$"], [r"\boxed{42}"]),
+    ("1/3", [r"$0.\overline{3}$", r"\boxed{0.\overline{33}}"], ["0.3", r"$0.0\overline{3}$"]),
+    (r"0.1\overline{6}", [r"$\frac{1}{6}$"], [r"$0.\overline{16}$", "0.1"]),
+    ("0", ["0.0"], [r"$0.\overline{3}$"]),
+    (r"33\frac13 \%", [r"\boxed{33\frac{1}{3}\%}", "1/3"], [r"$33\frac23\%$", r"\boxed{33}", "33%"]),
+    ("33", ["33%"], [r"$33\frac13\%$"]),
+    ("0.5", [r"\boxed{0{,}5}", r"$0{,}5$"], [r"$0{,}55$", "5"]),
+    ("3:30", [r"\boxed{3{:}30}"], [r"\boxed{3{:}31}"]),
+    (r"\emptyset", [r"\boxed{\varnothing}"], [r"\boxed{0}"]),
+    (r"\langle 1, 2 \rangle", [r"$\langle 1,2\rangle$", "(1, 2)"], [r"$\langle 2,1\rangle$"]),
+    ("B", ["The correct option is (B)."], ["The correct option is (C)."]),
 ]
 
 
