@@ -62,7 +62,6 @@ VERL = {
     "actor/pg_clipfrac": "policy/clip_fraction",
     "actor/grad_norm": "learner/grad_norm",
     "actor/lr": "learner/learning_rate",
-    "training/rollout_probs_diff_mean": "mismatch/probability_abs_mean",
     "perf/time_per_step": "time/step",
 }
 NAMES = TRL | OF_COMPLETIONS | VERL
