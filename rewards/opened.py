@@ -56,7 +56,7 @@ class OpenedFiles:
         self._read = 0
 
     def new(self) -> list[Opened]:
-        """What was added since the last call."""
+        """Return the files that were added to the list since the last call."""
         with self.path.open("rb") as file:
             file.seek(self._read)
             lines = [line for line in file if line.endswith(b"\n")]
@@ -93,7 +93,7 @@ def opened_by(function: str) -> Iterator[None]:
 
 
 def begin_process() -> None:
-    """From now on this process adds to the list that its environment names; where it names none, to none."""
+    """Add the files that this process opens to the list that its environment names, if it names one."""
     global _is_hooked, _list, _since
     _list = os.environ.get(VARIABLE, "")
     with suppress(OSError):  # the folder of the list has the time at which it was made: nothing else is put into it

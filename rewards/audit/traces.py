@@ -123,7 +123,7 @@ class Trace:
         return f"{Path(self.file).name}:{self.row}"
 
     def as_row(self) -> dict[str, Any]:
-        """What a report shows of it. A number that is none is left out."""
+        """Return the row of a report. A number that is not finite is null."""
         names = ("step", "group", "finish_reason", "error")
         numbers = {"reward": self.reward, "advantage": self.advantage, **self.parts}
         finite = {

@@ -278,8 +278,8 @@ def _is_another_statement(answer: list, gold: list) -> bool:
 
 
 def _has_other_letters(source: str, gold_source: str) -> bool:
-    """Whether the letters differ which math-verify does not tell apart: x and X, and those of the words no and on. A
-    letter alone is a choice, in either case."""
+    """Return whether two answers differ only in letters that math-verify treats as equal: x and X, or `no` and `on`. A
+    single letter is a choice of an option, in either case."""
     if is_word_of_two(gold_source) and is_words(source):
         return source.lower() != gold_source.lower()
     letters, gold_letters = _variables(source), _variables(gold_source)

@@ -221,7 +221,7 @@ class Conditions(Words):
 
 
 def _may_hang(text: str, expression: str) -> bool:
-    """Whether Python's `re` may try very many ways before it finds none, as for `(a+)+b`."""
+    """Return whether a search with Python's `re` may take exponential time, as for `(a+)+b`."""
     repeats_group = re.search(r"\)[*+?{]", expression) is not None
     return repeats_group or len(text) > LONGEST or len(REPEATS.findall(expression)) > MOST_REPEATS
 
