@@ -63,7 +63,7 @@ SHORT = [*FEW, *WORDS, "--sft.steps", "20", "--steps", "4", "--rollout.max_compl
 LETTERS = ["--rewards", "[{function: TESTS/cases/letters.py:letters}]"]  # which ties no group, so that steps teach
 SHORT += LETTERS
 LEARNS = [*SHORT, "--rollout.draft_tokens", "2", "--learner.learning_rate", "1e-3"]  # no gain is measured: no rest
-# The options of examples/07_word_game.yaml, which other commits have under other names.
+# The options of a game of several turns, which other commits have under other names.
 GAME = ["--data.name", "word_game", "--environment", "word_game", "--max_turns", "3", *FEW, *LETTERS]
 GAME += ["--sft.batch_size", "32", "--sft.learning_rate", "2e-3", "--sft.warmup_steps", "20"]
 GAME += ["--rollout.max_completion_tokens", "32", "--rollout.draft_tokens", "0", "--rollout.prompts_per_shard", "32"]

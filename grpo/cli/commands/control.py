@@ -63,8 +63,10 @@ def control(folder: Path, console: Console, validation: int | None = None) -> di
     """Train the controls of a finished run into `folder/control/`, evaluate them beside it, and return what
     `control.json` there holds. A control that is there already is not trained again.
 
-    Raises ValueError for a folder that is not a finished run of `quartet train` with held-out problems, or one that
-    has no solutions to learn from.
+    A run that acts in an environment, or whose data have no solutions, has rejection sampling as its only control.
+
+    Raises ValueError for a folder that is not a finished run of `quartet train` with held-out problems, or one of an
+    agent.
     """
     if validation is not None and validation < 1:
         raise ValueError(f"--validation {validation}: give 1 or more, or leave it out")
@@ -80,8 +82,9 @@ def control(folder: Path, console: Console, validation: int | None = None) -> di
         console.print(f"{candidate.words}, {candidate.seconds:.0f} s", markup=False, highlight=False)
         trained.append(_train(folder, config, candidate))
     supervised = [each for each in trained if each["kind"] == "supervised"]
-    best = max(supervised, key=_validation)  # the held-out problems have no say in it
-    chosen = [best, *(each for each in trained if each["kind"] == "rejection")]
+    chosen = [each for each in trained if each["kind"] == "rejection"]
+    if supervised:
+        chosen.insert(0, max(supervised, key=_validation))  # the held-out problems have no say in it
     result = _evaluate(folder, config, seconds, chosen, console)
     result["candidates"] = trained
     write_file(folder / CONTROL, json.dumps(result, indent=1) + "\n")
@@ -100,8 +103,8 @@ def _config(folder: Path) -> TrainConfig:
         raise ValueError(f"RUN={folder}: has no policy/, so it has not ended; finish it with --resume auto")
     if not config.eval.limit:
         raise ValueError(f"RUN={folder}: eval.limit is 0, so nothing is held out; run it with eval.limit: 512")
-    if config.environment or config.agent:
-        raise ValueError(f"RUN={folder}: acts in an environment, for which there is no control yet")
+    if config.agent:
+        raise ValueError(f"RUN={folder}: trains an agent, for which there is no control yet")
     return config
 
 
@@ -118,6 +121,11 @@ def _warm_seconds(folder: Path) -> float:
 def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) -> list[Candidate]:
     start = str(folder / "warm_start") if config.sft.steps else config.model
     rate, budget = config.sft.learning_rate, seconds["grpo"]
+    of_grpo = config.learner.learning_rate
+    words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
+    rejection = Candidate("rejection", "rejection", words, start, budget, of_grpo)
+    if config.has_tools or any(source.solution_column is None for source in config.data):
+        return [rejection]
     found = [
         Candidate(
             f"supervised_{rate * share:g}",
@@ -133,9 +141,7 @@ def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) ->
         words = f"supervised steps from the beginning, one decay over all seconds, rate {rate:g}"
         whole = budget + seconds["start"]
         found.append(Candidate(CONTROL_FROM_BEGINNING, "supervised", words, config.model, whole, rate))
-    of_grpo = config.learner.learning_rate
-    words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
-    return [*found, Candidate("rejection", "rejection", words, start, budget, of_grpo)]
+    return [*found, rejection]
 
 
 def _validation(trained: Mapping[str, Any]) -> float:
