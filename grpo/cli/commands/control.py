@@ -63,7 +63,7 @@ def control(folder: Path, console: Console, validation: int | None = None) -> di
     """Train the controls of a finished run into `folder/control/`, evaluate them beside it, and return what
     `control.json` there holds. A control that is there already is not trained again.
 
-    A run that acts in an environment, or whose data have no solutions, has rejection sampling as its only control.
+    A run whose data have no solutions has rejection sampling as its only control.
 
     Raises ValueError for a folder that is not a finished run of `quartet train` with held-out problems, or one of an
     agent.
@@ -124,7 +124,7 @@ def _candidates(folder: Path, config: TrainConfig, seconds: dict[str, float]) ->
     of_grpo = config.learner.learning_rate
     words = f"rejection sampling, rate {of_grpo:g}, {config.learner.schedule}"
     rejection = Candidate("rejection", "rejection", words, start, budget, of_grpo)
-    if config.has_tools or any(source.solution_column is None for source in config.data):
+    if any(source.solution_column is None for source in config.data):
         return [rejection]
     found = [
         Candidate(

@@ -1,6 +1,7 @@
 """`quartet control`: what it trains, on which problems, and what it writes and refuses."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from rewards.config.names import recorded_options
 from rewards.group_score import GroupScore
 from rewards.records import read_rollouts, recorded_steps
 
+CASES = Path(__file__).parents[3] / "cases"
 QUIET = Console(quiet=True)
 SIZES = {
     "data.task_options.levels": [1],
@@ -140,6 +142,33 @@ def test_which_completions_are_kept(marks, verdicts, expected):
     of = dict(zip(marks, verdicts, strict=True)).get
     task = SimpleNamespace(first_reward="mine", verdicts=SimpleNamespace(of=of))
     assert module._correct(task, GroupScore(marks, {"mine": marks})) == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "kinds"), [("answer", {"supervised", "rejection"}), (None, {"rejection"})], ids=["solutions", "none"]
+)
+def test_a_run_with_an_environment_has_the_controls_that_its_data_allow(
+    micro_config, tmp_path, monkeypatch, column, kinds
+):
+    rows = [{"question": f"Game {n}: find {n % 5}", "start": n % 5, "answer": f"<<{n % 5}=yes>>"} for n in range(40)]
+    for name, some in (("train", rows[:30]), ("test", rows[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    options = {
+        "data": {"name": str(tmp_path), "solution_column": column, "validation": 4},
+        "environment": f"{CASES}/guessing.py:Guess",
+        "rewards": [],
+        "rollout.max_completion_tokens": 24,
+        "sft.steps": 0 if column is None else 1,
+        "steps": 1,
+        "eval.limit": 4,
+    }
+    train(micro_config(tmp_path / "run", **options))
+    monkeypatch.setattr(module, "_seconds", lambda folder: 0.05)
+    for name in ("TIMED", "UNTIMED", "POINTS"):
+        monkeypatch.setattr(module, name, 1)
+    result = control(tmp_path / "run", QUIET)
+    assert set(result["chosen"]) == kinds
+    assert set(result["results"]) == {"start", "grpo"} | kinds
 
 
 def test_a_run_of_0_2_that_had_set_what_left_has_controls(finished, tmp_path):
