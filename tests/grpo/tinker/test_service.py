@@ -902,7 +902,8 @@ def loads(path):
 
 
 def test_a_service_that_was_killed_by_the_system_goes_on_with_what_waited(base, tmp_path):
-    """By SIGKILL, while a sample and requests of a model wait, one of them for a number that never comes."""
+    """It begins with a copy of the folder, taken while a sample and requests of a model wait, one of them for a number
+    that never comes. SIGKILL leaves the same, but a fork of a process with threads may hang."""
     left, over = tmp_path / "left", threading.Event()
     first = Service(base, "llama", tmp_path / "state", torch.float32)
     first._do = lambda *_: over.wait(60)  # nothing is done
@@ -913,18 +914,17 @@ def test_a_service_that_was_killed_by_the_system_goes_on_with_what_waited(base, 
         client.learn()
         sampler = first.add_sampler(client.session, 99, None)
         asked = [sample(first, sampler, number).request_id for number in range(2)]
-        shutil.copytree(tmp_path / "state", left)  # what SIGKILL leaves: a fork of a process with threads may hang
+        shutil.copytree(tmp_path / "state", left)
     finally:
         over.set()
         first.close()
-    model, folder = client.model, left
-    second = Service(base, "llama", folder, torch.float32)
+    second = Service(base, "llama", left, torch.float32)
     try:
         assert [len(samples(second.job(request_id))[0]) for request_id in asked] == [2, 2]
-        assert result(second.job(f"{model}:1"))[0] == "pb"
-        answer(second.job(f"{model}:2"))
-        assert not second.job(f"{model}:4").done.is_set()
-        answer(second.ask(model, 3, "optim_step", json.dumps({"adam_params": adam(1e-2)}).encode()))
-        answer(second.job(f"{model}:5"))
+        assert result(second.job(f"{client.model}:1"))[0] == "pb"
+        answer(second.job(f"{client.model}:2"))
+        assert not second.job(f"{client.model}:4").done.is_set()
+        answer(second.ask(client.model, 3, "optim_step", json.dumps({"adam_params": adam(1e-2)}).encode()))
+        answer(second.job(f"{client.model}:5"))
     finally:
         second.close()
