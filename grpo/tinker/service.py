@@ -23,7 +23,8 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,11 +135,13 @@ class Requests:
             for path in folder.glob(f"{number:08d}.*"):
                 path.unlink()
 
-    def forget(self, number: int) -> None:
-        """Remove requests up to this one, and results long before it."""
+    def forget(self, number: int, answered: Collection[int] = ()) -> None:
+        """Remove requests up to this one, and results long before it. Those of `answered` stay: their clients may not
+        have read them yet."""
         for folder, last in ((self.requests, number), (self.results, number - RESULTS)):
+            kept = answered if folder is self.results else ()
             for known, path in _numbered(folder):
-                if known <= last:
+                if known <= last and known not in kept:
                     path.unlink()
 
 
@@ -177,6 +180,7 @@ class SamplingSession:
 
     def __post_init__(self) -> None:
         self.files = Requests(self.folder)
+        self.answered: deque[int] = deque(maxlen=RESULTS)  # the last ones, which need not have the highest numbers
 
     def key(self, number: int) -> str:
         """Gives what the noise of a request depends on. Another session that asks the same in the same order gets the
@@ -524,7 +528,8 @@ class Service:
             waiting = [other.number - 1 for other in self._samples if other.owner is sampling]
             old = _numbered(sampling.files.requests)[:-RESULTS]
             if old:
-                sampling.files.forget(min([old[-1][0], *waiting]))
+                sampling.files.forget(min([old[-1][0], *waiting]), set(sampling.answered))
+        sampling.answered.append(job.number)
         return "pb", wire.write_samples(sequences, of_prompt)
 
     def _of_model(self, job: Job) -> tuple[str, bytes]:
